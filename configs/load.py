@@ -1,0 +1,132 @@
+"""Named YAML files and files of the user's own, read into pydantic models with one-line errors."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from configs.errors import UserError
+
+PROVENANCE = "provenance"
+"""Name of the field that `configs.hardware` makes of the sources, which no file has."""
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def names_in(folder: str) -> list[str]:
+    """Names of the shipped YAML files of a folder of this package, sorted."""
+    files = (resources.files("configs") / folder).iterdir()
+    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+
+
+def find(name_or_path: str | os.PathLike[str], folder: str, what: str) -> Traversable:
+    """The shipped file of that name, or the user's file.
+
+    Text with a path separator or a YAML suffix, and any PathLike, is a path.
+    Raises UserError for a file that is missing and for a name that is unknown.
+    """
+    text = os.fspath(name_or_path)
+    if text in names_in(folder):
+        return resources.files("configs") / folder / f"{text}.yaml"
+    if not _is_path(name_or_path):
+        raise unknown_name(what, text, names_in(folder), "or give the path of a YAML file")
+    path = Path(text)
+    if not path.is_file():
+        known = ", ".join(names_in(folder))
+        raise UserError(f"{what} file {text!r} is not there; mend the path, or use one of: {known}")
+    return path
+
+
+def unknown_name(what: str, name: str, known: Sequence[str], hint: str = "") -> UserError:
+    """The error for a name that is not in a list: it lists all names and the closest one."""
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
+    closest = f" did you mean {close[0]!r}?" if close else ""
+    tail = f"; {hint}" if hint else ""
+    return UserError(f"unknown {what} {name!r};{closest} known: {', '.join(known)}{tail}")
+
+
+def read_yaml(cls: type[Model], file: Traversable) -> Model:
+    """A model validated from a YAML file. Raises UserError naming file, field and value."""
+    return validated(cls, _mapping(file), str(file))
+
+
+def validated(cls: type[Model], data: Any, where: str) -> Model:
+    """A model validated from plain data; `where` names its origin in the UserError raised."""
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{where}: {first_problem(error)}") from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """One of a validation's problems, in one line with field and value.
+
+    A field that is not known comes first, since its misspelling also makes another one missing.
+    """
+    problems = error.errors(include_url=False)
+    unknown = [p for p in problems if p["type"] == "extra_forbidden"]
+    missing = [_field(p["loc"]) for p in problems if p["type"] == "missing"]
+    if unknown:
+        instead = f" (missing: {', '.join(missing)})" if missing else ""
+        return (
+            f"field {_field(unknown[0]['loc'])!r} is not known; "
+            f"remove it or mend its spelling{instead}"
+        )
+    problem = problems[0]
+    field = _field(problem["loc"])
+    text = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"field {field!r} is missing; add it"
+    if not field:
+        return text
+    return f"field {field!r}: {text} (got {_short(problem['input'])})"
+
+
+def _mapping(file: Traversable) -> dict[str, Any]:
+    try:
+        data = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file}: not valid YAML, mend it: {reason}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{file}: holds {data!r:.40}, not lines of the form 'field: value'")
+    return data
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML lets a later key replace an earlier one without a word; here it is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # the base class refuses it
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"field {key.value!r} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _is_path(name_or_path: str | os.PathLike[str]) -> bool:
+    if not isinstance(name_or_path, str):
+        return True
+    return os.sep in name_or_path or name_or_path.endswith((".yaml", ".yml"))
+
+
+def _field(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location if part != PROVENANCE)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,177 @@
+"""Names of policies, what each can do, and how it is built.
+
+A policy registers itself from its own file::
+
+    @register("lru", summary="...", source="...")
+    def build(params, data): return Policy(Lru())
+
+Every module in this package is imported by :func:`policies.names`, so a new file is a new policy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import math
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from policies.core import ORDERS
+from policies.errors import PolicyError
+from policies.interface import Options, Policy, PolicyData
+
+Params = Mapping[str, Any]
+Builder = Callable[[Params, PolicyData], Policy]
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter: its type, default, bounds (inclusive) or choices, and a line of help."""
+
+    kind: type
+    default: Any
+    help: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+
+    def parse(self, owner: str, name: str, value: object) -> Any:
+        """``value`` (text from a command line or a YAML scalar) as this parameter's type."""
+        where = f"{owner}: parameter {name}={value}"
+        parsed = self._convert(where, value)
+        if self.choices and parsed not in self.choices:
+            close = difflib.get_close_matches(str(parsed), self.choices, 1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise PolicyError(f"{where} is not one of {', '.join(self.choices)}{hint}")
+        if isinstance(parsed, float) and not math.isfinite(parsed):
+            raise PolicyError(f"{where} is not a finite number")
+        if self.low is not None and parsed < self.low:
+            raise PolicyError(f"{where} is below {self.low}")
+        if self.high is not None and parsed > self.high:
+            raise PolicyError(f"{where} is above {self.high}")
+        return parsed
+
+    def _convert(self, where: str, value: object) -> Any:
+        if self.kind is bool:
+            words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+            word = str(value).lower()
+            if word not in words:
+                raise PolicyError(f"{where} is neither true nor false")
+            return words[word]
+        if isinstance(value, bool) and self.kind is not str:
+            raise PolicyError(f"{where} is not a number")
+        try:
+            return self.kind(str(value))
+        except ValueError:
+            wanted = {int: "a whole number", float: "a number"}.get(self.kind, "text")
+            raise PolicyError(f"{where} is not {wanted}") from None
+
+
+#: Options that any policy takes beside its own parameters.
+COMMON: dict[str, Param] = {
+    "order": Param(
+        str, "cached-first", "execution order inside an event; id and touch are strict", choices=ORDERS
+    ),
+    "chunks": Param(int, 1, "pieces an expert is copied in", low=1, high=64),
+    "staging_slots": Param(
+        int, -1, "slots for experts refused admission; -1: top-k where the cache refuses", low=-1
+    ),
+    "preempt": Param(bool, True, "at a gate, cancel the layer's queued prefetches that were wrong"),
+    "reset": Param(bool, False, "empty the cache at every request"),
+}
+
+
+@dataclass(frozen=True)
+class PolicyInfo:
+    """A registered policy: name, one line, paper, capability flags, parameters, builder."""
+
+    name: str
+    summary: str
+    source: str
+    build: Builder = field(repr=False)
+    params: Mapping[str, Param] = field(default_factory=dict)
+    lossless: bool = True
+    oracle: bool = False
+    time_dependent: bool = False
+    prefetches: bool = False
+    fitted: bool = False
+    needs_all: bool = False
+    columns: Callable[[Params], tuple[str, ...]] = lambda params: ()
+
+    @property
+    def flags(self) -> str:
+        """Capability flags as one word each."""
+        words = [
+            "lossless" if self.lossless else "lossy",
+            "oracle" if self.oracle else "causal",
+            "time-dependent" if self.time_dependent or self.prefetches else "exact",
+        ]
+        words += ["prefetch"] * self.prefetches + ["fitted"] * self.fitted
+        return " ".join(words)
+
+    def parse(self, given: Mapping[str, object]) -> tuple[dict[str, Any], Options]:
+        """Own parameters (defaults filled in) and the common options among ``given``."""
+        known = {**COMMON, **self.params}
+        for name in given:
+            if name not in known:
+                raise PolicyError(
+                    f"{self.name}: parameter '{name}' is unknown{_closest(name, known)}; "
+                    f"it takes {', '.join(sorted(known))}"
+                )
+        values = {
+            name: param.parse(self.name, name, given.get(name, param.default))
+            for name, param in known.items()
+        }
+        staging = values["staging_slots"]
+        options = Options(
+            order=values["order"],
+            chunks=values["chunks"],
+            staging_slots=None if staging < 0 else staging,
+            preempt=values["preempt"],
+            reset=values["reset"],
+        )
+        return {name: values[name] for name in self.params}, options
+
+
+_REGISTRY: dict[str, PolicyInfo] = {}
+
+
+def register(name: str, **traits: Any) -> Callable[[Builder], Builder]:
+    """Decorator: the function builds the policy ``name``; ``traits`` as in :class:`PolicyInfo`."""
+
+    def decorate(build: Builder) -> Builder:
+        if name in _REGISTRY:
+            raise RuntimeError(f"policy {name} is registered twice")
+        _REGISTRY[name] = PolicyInfo(name=name, build=build, **traits)
+        return build
+
+    return decorate
+
+
+def _load_all() -> None:
+    package = importlib.import_module("policies")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"policies.{module.name}")
+
+
+def names() -> list[str]:
+    """All policy names, sorted."""
+    _load_all()
+    return sorted(_REGISTRY)
+
+
+def get(name: str) -> PolicyInfo:
+    """The policy called ``name``; unknown: an error that lists the names and the closest."""
+    known = names()
+    if name not in _REGISTRY:
+        raise PolicyError(
+            f"policy '{name}' is unknown{_closest(name, known)}; choose one of {', '.join(known)}"
+        )
+    return _REGISTRY[name]
+
+
+def _closest(name: str, known: Mapping[str, object] | list[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), 1, cutoff=0.4)
+    return f" (did you mean {close[0]}?)" if close else ""

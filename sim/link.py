@@ -1,0 +1,129 @@
+"""The copy engine: a submission window in front of one link, in first-in first-out order.
+
+It is driven by SimPy events' callbacks, one event a chunk: when a chunk has landed the next one of
+the window starts, and the host (if it is spinning) refills the window. Chunk completions are
+scheduled urgent, so that at one instant a landing comes before the host's own step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Protocol
+
+import simpy
+from simpy.events import URGENT, Event
+
+from policies.transfers import Copy
+from sim.timing import LinkCosts
+
+_PPM = 1_000_000
+
+
+class ChunkSource(Protocol):
+    """Where chunks come from and are reported to: the decision core."""
+
+    def next_chunk(self) -> tuple[Copy, int] | None:
+        """The chunk to hand over now, or None."""
+        ...
+
+    def chunk_done(self, copy: Copy) -> bool:
+        """A chunk has landed."""
+        ...
+
+
+class Link:
+    """One host-to-device copy engine.
+
+    ``spinning``: the host polls, so a landing is noticed at once; it is busy until ``host_free``.
+    ``current``: the SimPy event of the chunk under way, None when idle. ``intervals``: the link's
+    busy periods ``[start, end]``, maximal, for the GPU's slowdown; the reader prunes them.
+    """
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        source: ChunkSource,
+        costs: LinkCosts,
+        window: int,
+        issue_ns: int,
+        cpu_slowdown_ppm: int = 0,
+    ) -> None:
+        self.env = env
+        self.source = source
+        self.window = window
+        self.spinning = False
+        self.host_free = 0
+        self.current: Event | None = None
+        self.intervals: deque[list[int]] = deque()
+        self.busy_ns = 0
+        self.cpu_busy_until = 0
+        self._costs = costs
+        self._issue_ns = issue_ns
+        self._cpu_slowdown_ppm = cpu_slowdown_ppm
+        self._wire_ns: dict[int, int] = {}
+        self._waiting: deque[tuple[Copy, int, int]] = deque()
+        self._moving: Copy | None = None
+        self._end = 0
+
+    @property
+    def room(self) -> bool:
+        """Whether the window takes another chunk."""
+        return len(self._waiting) + (self._moving is not None) < self.window
+
+    def known_until(self, now: int) -> int:
+        """The link's activity is settled up to this instant."""
+        return self._end if self._moving is not None else now
+
+    def refill(self, now: int) -> int:
+        """The host hands over chunks while there is room; returns when it is free again."""
+        free = now if now > self.host_free else self.host_free
+        room = self.window - len(self._waiting) - (self._moving is not None)
+        while room > 0:
+            chunk = self.source.next_chunk()
+            if chunk is None:
+                break
+            free += self._issue_ns
+            if self._moving is None:
+                self._begin(chunk[0], chunk[1], free)
+            else:
+                self._waiting.append((chunk[0], chunk[1], free))
+            room -= 1
+        self.host_free = free
+        return free
+
+    def _begin(self, copy: Copy, nbytes: int, ready: int) -> None:
+        wire = self._wire_ns.get(nbytes)
+        if wire is None:
+            wire = self._wire_ns[nbytes] = self._costs.transfer_ns(nbytes)
+        previous = self._end
+        if ready > previous or not self.intervals:
+            start = ready if ready > previous else previous
+            wire += self._costs.startup_ns
+            self.intervals.append([start, start])
+        else:
+            start = previous
+            wire += self._costs.gap_ns
+        if start < self.cpu_busy_until:
+            wire += wire * self._cpu_slowdown_ppm // _PPM
+        self._moving = copy
+        self._end = end = start + wire
+        self.intervals[-1][1] = end
+        self.busy_ns += wire
+        env = self.env
+        event = Event(env)
+        event._ok = True
+        event._value = None
+        event.callbacks.append(self._landed)
+        env.schedule(event, URGENT, end - env.now)
+        self.current = event
+
+    def _landed(self, _: Event) -> None:
+        copy = self._moving
+        assert copy is not None
+        self.source.chunk_done(copy)
+        self._moving = None
+        self.current = None
+        if self._waiting:
+            self._begin(*self._waiting.popleft())
+        if self.spinning:
+            self.refill(self.env.now)

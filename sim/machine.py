@@ -1,0 +1,368 @@
+"""The SimPy model of the execution contract (docs/contract.md): host thread, GPU, copy engine.
+
+One long-lived process, the host; the copy engine is a chain of SimPy events, one a chunk; the GPU
+stream is arithmetic on what the host submits. While the link is idle and no prediction is pending,
+nothing but the host can act, so the host's local time runs ahead of the environment's and no event
+is needed at all: an event of hits costs no SimPy event, one of misses a SimPy event a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+import simpy
+from simpy.events import Event
+
+from policies.core import DecisionCore, Wave
+from policies.interface import Prediction
+from policies.memory import RESIDENT
+from policies.transfers import Copy
+from sim.gpu import EXPERTS, HEAD, SEGMENT, GpuStream
+from sim.link import Link
+from sim.timing import Timing
+from tracer.workload import Step, Workload
+
+_PPM = 1_000_000
+
+
+@dataclass
+class StepTimes:
+    """Per step, ns: begin, end, and where the time between went (host is the rest)."""
+
+    begin: list[int] = field(default_factory=list)
+    end: list[int] = field(default_factory=list)
+    segments: list[int] = field(default_factory=list)
+    experts: list[int] = field(default_factory=list)
+    stall_late: list[int] = field(default_factory=list)
+    stall_miss: list[int] = field(default_factory=list)
+    stall_cpu: list[int] = field(default_factory=list)
+
+
+class Machine:
+    """Runs a workload through a decision core on modelled hardware.
+
+    ``window``: chunks handed to the hardware at a time (W of the contract). After :meth:`run`,
+    ``times`` holds the steps' times, ``link.busy_ns`` the link's, ``core.tally`` the decisions'.
+    """
+
+    def __init__(
+        self, workload: Workload, core: DecisionCore, timing: Timing, *, window: int = 2
+    ) -> None:
+        self.env = simpy.Environment()
+        self.workload = workload
+        self.core = core
+        self.timing = timing
+        self.link = Link(
+            self.env,
+            core,
+            timing.link,
+            window,
+            timing.host.copy_issue_ns,
+            timing.link_slowdown_cpu_ppm,
+        )
+        self.gpu = GpuStream(self.link)
+        self.times = StepTimes()
+        self.stall_late = self.stall_miss = self.stall_cpu = 0
+        self.clock = 0
+        self._cpu_free = 0
+        self._unsettled = 0
+        self._due: list[Prediction] = []
+        self._experts_ns: dict[tuple[int, int, int], int] = {}
+        self._segments_ns: dict[tuple[int, int], list[int]] = {}
+        self._queue = core.queue
+        self._state = core.memory.state
+        core.clock_ns = lambda: self.clock
+
+    def run(self) -> None:
+        """Simulate the whole workload."""
+        self.env.run(until=self.env.process(self._host()))
+        self.core.finish()
+
+    # ------------------------------------------------------------------ the host thread
+
+    def _host(self) -> Generator[Event, Any, None]:
+        core, link, times = self.core, self.link, self.times
+        kv_tokens = self.workload.max_context
+        now = 0
+        for step in self.workload.steps():
+            begin = now
+            marks = (*self.gpu.busy_ns, self.stall_late, self.stall_miss, self.stall_cpu)
+            for request in step.begins:
+                core.request_begin(request)
+            core.step_begin(step.index, "decode" if step.prefill_tokens == 0 else "prefill")
+            now += self.timing.host.step_ns
+            for prediction in core.predictions_at_step():
+                self._announce(prediction, now)
+            now = yield from self._layers(step, kv_tokens, now)
+            core.step_end()
+            for request in step.ends:
+                core.request_end(request)
+            times.begin.append(begin)
+            times.end.append(now)
+            self._book(marks)
+        if now > self.env.now:
+            yield self.env.timeout(now - self.env.now)
+        link.spinning = False
+
+    def _book(self, marks: tuple[int, ...]) -> None:
+        """Where the step's time went, as differences of running sums."""
+        times, busy = self.times, self.gpu.busy_ns
+        segment, experts, head, late, miss, cpu = marks
+        times.segments.append(busy[SEGMENT] - segment + busy[HEAD] - head)
+        times.experts.append(busy[EXPERTS] - experts)
+        times.stall_late.append(self.stall_late - late)
+        times.stall_miss.append(self.stall_miss - miss)
+        times.stall_cpu.append(self.stall_cpu - cpu)
+
+    def _layers(self, step: Step, kv_tokens: int, now: int) -> Generator[Event, Any, int]:
+        core, link, gpu, timing = self.core, self.link, self.gpu, self.timing
+        host = timing.host
+        slowdown = timing.segment_slowdown_ppm
+        events = self.workload.events.step(step.index)
+        counts = self.workload.events.step_counts(step.index) if step.tokens > 1 else None
+        requests = len(step.requests)
+        segments = self._segments(step.tokens, requests, kv_tokens)
+        previous = -1
+        for layer, keys in enumerate(events):
+            if not keys:
+                continue
+            now += host.segment_launch_ns
+            gpu.submit(now, segments[layer], slowdown, SEGMENT)
+            if link.current is None and not self._unsettled and not self._queue.ready:
+                now = gpu.end(now) + host.readback_ns
+            else:
+                now = yield from self._spin_for_gpu(now)
+            if previous >= 0:
+                core.experts_done(previous)
+            previous = layer
+            self.clock = now
+            tokens = dict(zip(keys, counts[layer], strict=True)) if counts else None
+            wave = core.gate(layer, keys, tokens)
+            for prediction in core.predictions(layer, keys):
+                self._announce(prediction, now)
+            now += host.decision_ns
+            if self._queue.ready or link.current is not None or self._unsettled:
+                if now > self.env.now and (link.current is not None or self._unsettled):
+                    yield self.env.timeout(now - self.env.now)
+                now = link.refill(now)
+            now = yield from self._wave(layer, wave, tokens, now)
+            while not wave.last:
+                now = yield from self._spin_for_gpu(now)
+                self.clock = now
+                wave = core.next_wave()
+                now += host.decision_ns
+                if now > self.env.now and link.current is not None:
+                    yield self.env.timeout(now - self.env.now)
+                now = link.refill(now)
+                now = yield from self._wave(layer, wave, tokens, now)
+        now += host.segment_launch_ns
+        gpu.submit(now, timing.head_ns(requests), slowdown, HEAD)
+        now = yield from self._spin_for_gpu(now)
+        if previous >= 0:
+            core.experts_done(previous)
+        self.clock = now
+        return now
+
+    def _segments(self, tokens: int, requests: int, kv_tokens: int) -> list[int]:
+        """Nominal segment times by layer."""
+        known = self._segments_ns.get((tokens, requests))
+        if known is None:
+            known = [
+                self.timing.segment_ns(layer, tokens, requests, kv_tokens)
+                for layer in range(self.workload.num_layers)
+            ]
+            self._segments_ns[tokens, requests] = known
+        return known
+
+    # ------------------------------------------------------------------ executing a wave
+
+    def _wave(
+        self, layer: int, wave: Wave, tokens: dict[int, int] | None, now: int
+    ) -> Generator[Event, Any, int]:
+        """Launch the wave's groups as their experts are there; returns the host's time."""
+        cpu_end = self._start_cpu(layer, wave, tokens, now) if wave.cpu else 0
+        if wave.order is not None and wave.waiting:
+            now = yield from self._in_order(layer, wave.order, tokens, now)
+        else:
+            if wave.ready:
+                now = self._launch(layer, wave.ready, tokens, now)
+            if wave.waiting:
+                now = yield from self._as_they_land(layer, wave.waiting, tokens, now)
+        if cpu_end:
+            now = yield from self._join_cpu(cpu_end, now)
+        return now
+
+    def _launch(
+        self, layer: int, group: Any, tokens: dict[int, int] | None, now: int
+    ) -> int:
+        size = len(group)
+        assigned = size if tokens is None else sum(tokens.get(key, 1) for key in group)
+        cost = self._experts_ns.get((layer, size, assigned))
+        if cost is None:
+            cost = self.timing.experts_ns(layer, size, assigned)
+            self._experts_ns[layer, size, assigned] = cost
+        now += self.timing.host.experts_launch_ns
+        self.gpu.submit(now, cost, self.timing.experts_slowdown_ppm, EXPERTS)
+        return now
+
+    def _as_they_land(
+        self, layer: int, waiting: int, tokens: dict[int, int] | None, now: int
+    ) -> Generator[Event, Any, int]:
+        """One launch for all that has landed since the last."""
+        env, link, landed = self.env, self.link, self.core.landed
+        while waiting:
+            began = now
+            link.host_free = now
+            if env.now < now and (landed or self._must_poll):
+                yield env.timeout(now - env.now)
+            self._poll(now)
+            link.spinning = True
+            while not landed:
+                yield self._next_landing()
+            if env.now < now:
+                yield env.timeout(now - env.now)
+            link.spinning = False
+            now = link.host_free if link.host_free > env.now else env.now
+            self._count_stall(landed[-1], began)
+            group = [copy.key for copy in landed]
+            landed.clear()
+            waiting -= len(group)
+            now = self._launch(layer, group, tokens, now)
+        return now
+
+    def _in_order(
+        self, layer: int, order: list[int], tokens: dict[int, int] | None, now: int
+    ) -> Generator[Event, Any, int]:
+        """Strict order: the longest run that is there, then wait for the next expert."""
+        env, link, state, landed = self.env, self.link, self._state, self.core.landed
+        at = 0
+        while at < len(order):
+            began = now
+            link.host_free = now
+            if env.now < now and (link.current is not None or self._must_poll):
+                yield env.timeout(now - env.now)
+            self._poll(now)
+            link.spinning = True
+            waited = state[order[at]] != RESIDENT
+            while state[order[at]] != RESIDENT:
+                yield self._next_landing()
+            if env.now < now and link.current is not None:
+                yield env.timeout(now - env.now)
+            link.spinning = False
+            now = max(now, link.host_free, env.now)
+            if waited:
+                self._count_stall(landed[-1], began)
+            first = at
+            while at < len(order) and state[order[at]] == RESIDENT:
+                at += 1
+            now = self._launch(layer, order[first:at], tokens, now)
+        landed.clear()
+        return now
+
+    def _next_landing(self) -> Event:
+        event = self.link.current
+        if event is None:
+            raise RuntimeError(
+                f"step {self.core.step}, layer {self.core.layer}: an expert is awaited but no copy "
+                "is under way"
+            )
+        return event
+
+    def _count_stall(self, copy: Copy, began: int) -> None:
+        """Time the GPU stood idle because the host waited for this copy since ``began``."""
+        now = self.env.now
+        idle_from = max(began, self.gpu.end(self.link.known_until(now)))
+        stall = max(0, now - idle_from)
+        if copy.demand:
+            self.stall_miss += stall
+        else:
+            self.stall_late += stall
+
+    # ------------------------------------------------------------------ spinning
+
+    @property
+    def _must_poll(self) -> bool:
+        """Whether a host that starts to spin finds something to do."""
+        return bool(self._unsettled) or (self.link.room and self._queue.ready)
+
+    def _poll(self, now: int) -> None:
+        """Start of a spin: take in predictions that are there, refill the window."""
+        if self._due:
+            due, self._due[:] = list(self._due), []
+            for prediction in due:
+                self._unsettled -= 1
+                self.core.prediction_ready(prediction)
+        if self._queue.ready:
+            self.link.refill(now)
+
+    def _spin_for_gpu(self, now: int) -> Generator[Event, Any, int]:
+        """Poll until everything submitted has run and its result is on the host."""
+        env, link, gpu = self.env, self.link, self.gpu
+        readback = self.timing.host.readback_ns
+        link.host_free = now
+        if env.now < now and self._must_poll:
+            yield env.timeout(now - env.now)
+        self._poll(now)
+        if link.current is None and not self._unsettled:
+            return max(gpu.end(now) + readback, link.host_free)
+        link.spinning = True
+        while True:
+            done = gpu.end(link.known_until(env.now)) + readback
+            target = max(done, link.host_free)
+            if target <= env.now:
+                break
+            yield env.timeout(target - env.now)
+        link.spinning = False
+        return env.now
+
+    # ------------------------------------------------------------------ predictions, CPU
+
+    def _announce(self, prediction: Prediction, now: int) -> None:
+        """A predictor starts; its result is polled once its time has passed."""
+        cost = self.timing.predictor_ns.get(prediction.source, 0)
+        if cost == 0:
+            self.core.prediction_ready(prediction)
+            return
+        self._unsettled += 1
+        event = self.env.timeout(now + cost - self.env.now, prediction)
+        event.callbacks.append(self._predicted)
+
+    def _predicted(self, event: Event) -> None:
+        self._due.append(event.value)
+        if self.link.spinning:
+            self._poll(self.env.now)
+
+    def _start_cpu(
+        self, layer: int, wave: Wave, tokens: dict[int, int] | None, now: int
+    ) -> int:
+        """The CPU workers take their experts; returns when the result is back."""
+        size = len(wave.cpu)
+        assigned = size if tokens is None else sum(tokens.get(key, 1) for key in wave.cpu)
+        duration = self.timing.cpu_experts_ns(layer, size, assigned)
+        if self.link.current is not None:
+            duration += duration * self.timing.cpu_slowdown_ppm // _PPM
+        self._cpu_free = max(now, self._cpu_free) + duration
+        self.link.cpu_busy_until = self._cpu_free
+        return self._cpu_free
+
+    def _join_cpu(self, cpu_end: int, now: int) -> Generator[Event, Any, int]:
+        """Wait for the CPU's result and add it."""
+        env, link = self.env, self.link
+        began = now
+        if cpu_end > now:
+            link.host_free = now
+            if link.current is not None or self._unsettled:
+                if env.now < now and self._must_poll:
+                    yield env.timeout(now - env.now)
+                self._poll(now)
+                link.spinning = True
+                yield env.timeout(cpu_end - env.now)
+                link.spinning = False
+            now = max(cpu_end, link.host_free)
+            idle_from = max(began, self.gpu.end(link.known_until(cpu_end)))
+            self.stall_cpu += max(0, cpu_end - idle_from)
+        now += self.timing.host.experts_launch_ns
+        self.gpu.submit(now, self.timing.combine_ns(), self.timing.experts_slowdown_ppm, EXPERTS)
+        return now

@@ -1,0 +1,155 @@
+"""How long things take: the numbers that the SimPy model runs on, in integer nanoseconds.
+
+:class:`Timing` is the interface; :class:`RooflineTiming` estimates a geometry that nobody has
+calibrated from bytes and flops. Results that rest on it say "estimated".
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
+
+from configs.geometry import Geometry
+from configs.hardware import Hardware
+
+_PPM = 1_000_000
+
+
+@dataclass(frozen=True)
+class HostCosts:
+    """Host time of each action, ns. See docs/contract.md for where each is spent."""
+
+    segment_launch_ns: int
+    experts_launch_ns: int
+    readback_ns: int
+    decision_ns: int
+    copy_issue_ns: int
+    step_ns: int
+
+
+@dataclass(frozen=True)
+class LinkCosts:
+    """The copy engine: rate in bytes/s, start-up on an idle link and gap back to back in ns."""
+
+    bytes_per_s: int
+    startup_ns: int
+    gap_ns: int
+
+    def transfer_ns(self, nbytes: int) -> int:
+        """Time on the wire, without start-up or gap; rounded up."""
+        return -(-nbytes * 1_000_000_000 // self.bytes_per_s)
+
+
+class Timing(ABC):
+    """Durations of GPU and CPU work, and the machine's constants.
+
+    Slowdowns are in millionths: a kernel of nominal length n takes n * (1 + ppm / 10**6) while
+    copies run all along.
+    """
+
+    provenance: str
+    host: HostCosts
+    link: LinkCosts
+    segment_slowdown_ppm: int
+    experts_slowdown_ppm: int
+    cpu_slowdown_ppm: int
+    link_slowdown_cpu_ppm: int
+    predictor_ns: dict[str, int]
+
+    @abstractmethod
+    def segment_ns(self, layer: int, tokens: int, requests: int, kv_tokens: int) -> int:
+        """GPU time from the experts of the layer before up to this layer's gate.
+
+        ``kv_tokens``: KV capacity of one request; a static cache is read whole.
+        """
+
+    @abstractmethod
+    def experts_ns(self, layer: int, experts: int, assignments: int) -> int:
+        """GPU time of one launch over ``experts`` distinct experts and their token assignments."""
+
+    @abstractmethod
+    def head_ns(self, requests: int) -> int:
+        """GPU time after the last MoE layer: final norm, head, sampling."""
+
+    @abstractmethod
+    def cpu_experts_ns(self, layer: int, experts: int, assignments: int) -> int:
+        """CPU time of one group of experts, activations over and back included."""
+
+    @abstractmethod
+    def combine_ns(self) -> int:
+        """GPU time to add what the CPU computed."""
+
+
+class RooflineTiming(Timing):
+    """Bytes over bandwidth or flops over rate, whichever is longer, and never below a floor."""
+
+    provenance = "estimated"
+
+    def __init__(self, geometry: Geometry, hardware: Hardware) -> None:
+        self._geometry = geometry
+        self._hardware = hardware
+        self._segment_params = [size // 2 for size in geometry.segment_bytes_by_layer]
+        self.host = HostCosts(
+            segment_launch_ns=hardware.segment_launch_ns,
+            experts_launch_ns=hardware.experts_launch_ns,
+            readback_ns=hardware.readback_ns,
+            decision_ns=hardware.decision_ns,
+            copy_issue_ns=hardware.copy_issue_ns,
+            step_ns=hardware.step_ns,
+        )
+        self.link = LinkCosts(
+            bytes_per_s=int(hardware.link_bytes_per_s),
+            startup_ns=hardware.link_startup_ns,
+            gap_ns=hardware.link_gap_ns,
+        )
+        self.segment_slowdown_ppm = _ppm(hardware.segment_slowdown)
+        self.experts_slowdown_ppm = _ppm(hardware.experts_slowdown)
+        self.cpu_slowdown_ppm = _ppm(hardware.cpu_slowdown)
+        self.link_slowdown_cpu_ppm = _ppm(hardware.link_slowdown_cpu)
+        costs = hardware.predictor_ns
+        self.predictor_ns = {
+            "next_gate": costs.next_gate,
+            "learned": costs.learned,
+            "map_search": costs.map_search,
+        }
+
+    def _roofline(self, nbytes: int, flops: int, floor_ns: int) -> int:
+        memory = Fraction(nbytes * 1_000_000_000) / Fraction(self._hardware.gpu_bytes_per_s)
+        compute = Fraction(flops * 1_000_000_000) / Fraction(self._hardware.gpu_flops_per_s)
+        return max(ceil(memory), ceil(compute), floor_ns)
+
+    def segment_ns(self, layer: int, tokens: int, requests: int, kv_tokens: int) -> int:
+        """Weights and the whole KV capacity are read; attention costs 4 flops a pair and channel."""
+        geometry = self._geometry
+        kv_bytes = geometry.kv_bytes_per_token * kv_tokens * requests // geometry.num_layers
+        nbytes = geometry.segment_bytes_by_layer[layer] + kv_bytes
+        flops = 2 * self._segment_params[layer] * tokens
+        flops += 4 * geometry.hidden_size * tokens * kv_tokens
+        return self._roofline(nbytes, flops, self._hardware.segment_floor_ns)
+
+    def experts_ns(self, layer: int, experts: int, assignments: int) -> int:
+        """Each distinct expert's weights are read once."""
+        nbytes = experts * self._geometry.expert_bytes_by_layer[layer]
+        flops = 2 * self._geometry.expert_params * assignments
+        return self._roofline(nbytes, flops, self._hardware.experts_floor_ns)
+
+    def head_ns(self, requests: int) -> int:
+        """One row a request goes through the head."""
+        nbytes = self._geometry.head_bytes
+        return self._roofline(nbytes, nbytes * requests, self._hardware.head_floor_ns)
+
+    def cpu_experts_ns(self, layer: int, experts: int, assignments: int) -> int:
+        """Weights streamed at the CPU's rate, once an expert."""
+        nbytes = experts * self._geometry.expert_bytes_by_layer[layer]
+        streaming = Fraction(nbytes * 1_000_000_000) / Fraction(self._hardware.cpu_bytes_per_s)
+        return ceil(streaming) + self._hardware.cpu_transfer_ns
+
+    def combine_ns(self) -> int:
+        """One small kernel."""
+        return self._hardware.experts_floor_ns
+
+
+def _ppm(fraction: float) -> int:
+    return round(fraction * _PPM)

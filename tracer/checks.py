@@ -1,0 +1,125 @@
+"""What makes the rows of a trace valid; the writer asks before it writes, the reader after reading.
+
+Every check is vectorised and names the first offending row: rows count from 0 within the file that
+`where` names, layers are MoE layers from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.errors import UserError
+from tracer.columns import DECODE, NULL_ID, NULL_RESIDENCY, ColumnSpec
+
+_MEND = "restore the file, or record or import the trace again"
+
+
+def check_columns(
+    arrays: Mapping[str, NDArray], specs: Mapping[str, ColumnSpec], num_experts: int, where: str
+) -> None:
+    """Raise UserError at the first value that no trace may hold; `arrays` are [n, *shape]."""
+    for name, values in arrays.items():
+        _check_column(specs[name], values, num_experts, where)
+
+
+def check_nulls_match(arrays: Mapping[str, NDArray], where: str) -> None:
+    """weights and residency are null exactly where experts is, for those that are given."""
+    if "weights" in arrays:
+        _check_nulls_match(arrays["experts"], np.isnan(arrays["weights"]), "weight", where)
+    if "residency" in arrays:
+        null = arrays["residency"] == NULL_RESIDENCY
+        _check_nulls_match(arrays["experts"], null, "residency", where)
+
+
+def check_step_order(step: NDArray, previous: int | None, where: str) -> None:
+    """Steps never decrease, also from the row before these (`previous`)."""
+    before = np.concatenate(([step[0] if previous is None else previous], step[:-1]))
+    bad = np.flatnonzero(step < before)
+    if bad.size:
+        row = int(bad[0])
+        _fail(where, f"row {row}", f"step {step[row]} follows step {before[row]}: rows go by step")
+
+
+def _check_column(spec: ColumnSpec, values: NDArray, num_experts: int, where: str) -> None:
+    if spec.name == "phase":
+        _check_range(values, spec, 0, DECODE, where)
+    elif spec.name == "token_id":
+        _check_range(values, spec, NULL_ID, np.iinfo(np.int32).max, where)
+    elif not spec.shape:
+        _check_range(values, spec, 0, np.iinfo(spec.dtype).max, where)
+    elif spec.name == "residency":
+        _check_residency(spec, values, where)
+    elif spec.dtype.kind == "f":
+        _check_finite(spec, values, where)
+    else:
+        _check_ids(spec, values, num_experts, where)
+
+
+def _check_range(values: NDArray, spec: ColumnSpec, low: int, high: int, where: str) -> None:
+    if values.size == 0 or (values.min() >= low and values.max() <= high):
+        return
+    at = np.unravel_index(np.argmax((values < low) | (values > high)), values.shape)
+    _fail(where, _place(at), f"{spec.name} {values[at]} is outside [{low}, {high}]")
+
+
+def _check_ids(spec: ColumnSpec, ids: NDArray, num_experts: int, where: str) -> None:
+    if ids.size == 0:
+        return
+    if ids.min() < NULL_ID or ids.max() >= num_experts:
+        at = np.unravel_index(np.argmax((ids < NULL_ID) | (ids >= num_experts)), ids.shape)
+        _fail(where, _place(at), f"{spec.name}: expert id {ids[at]} is outside [0, {num_experts})")
+    ordered = np.sort(ids, axis=-1)
+    repeated = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != NULL_ID)
+    if repeated.any():
+        at = np.unravel_index(np.argmax(repeated), repeated.shape)
+        _fail(where, _place(at[:2]), f"{spec.name}: expert id {ordered[at]} occurs twice")
+    if ordered[..., 0].min() == NULL_ID:
+        _check_nulls_last(spec, ids, where)
+
+
+def _check_nulls_last(spec: ColumnSpec, ids: NDArray, where: str) -> None:
+    bad = (ids[..., :-1] == NULL_ID) & (ids[..., 1:] != NULL_ID)
+    if bad.any():
+        at = np.unravel_index(np.argmax(bad), bad.shape)
+        _fail(where, _place(at), f"{spec.name}: a null before expert id {ids[..., 1:][at]}")
+
+
+def _check_finite(spec: ColumnSpec, values: NDArray, where: str) -> None:
+    infinite = np.isinf(values) if spec.null is not None else ~np.isfinite(values)
+    if infinite.any():
+        at = np.unravel_index(np.argmax(infinite), values.shape)
+        _fail(where, _place(at), f"{spec.name} {values[at]} is not a finite {spec.dtype}")
+    if spec.name == "gate_probs" and ((values < 0) | (values > 1)).any():
+        at = np.unravel_index(np.argmax((values < 0) | (values > 1)), values.shape)
+        _fail(where, _place(at), f"gate_probs {values[at]} is outside [0, 1]")
+
+
+def _check_residency(spec: ColumnSpec, values: NDArray, where: str) -> None:
+    bad = (values > 1) & (values != NULL_RESIDENCY)
+    if bad.any():
+        at = np.unravel_index(np.argmax(bad), values.shape)
+        _fail(where, _place(at), f"{spec.name} {values[at]} is neither 0, 1 nor null")
+
+
+def _check_nulls_match(experts: NDArray, null: NDArray, noun: str, where: str) -> None:
+    absent = experts == NULL_ID
+    differ = absent != null
+    if not differ.any():
+        return
+    at = np.unravel_index(np.argmax(differ), differ.shape)
+    if absent[at]:
+        _fail(where, _place(at), f"a {noun} where no expert ran")
+    _fail(where, _place(at), f"no {noun} for expert id {experts[at]}")
+
+
+def _place(at: tuple[np.intp, ...]) -> str:
+    names = ("row", "layer", "rank")
+    return ", ".join(f"{name} {int(index)}" for name, index in zip(names, at, strict=False))
+
+
+def _fail(where: str, place: str, problem: str) -> NoReturn:
+    raise UserError(f"{where}: {place}: {problem}; {_MEND}")

@@ -1,0 +1,76 @@
+"""One Parquet file of a trace: written atomically, read only if its digest is the listed one."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from configs.errors import UserError
+from configs.geometry import Geometry
+from tracer.columns import SCALARS, column_spec, encode, stored_type
+from tracer.manifest import ColumnInfo, Shard, sha256_of, write_atomically
+
+_ZSTD_LEVEL = 9
+DAMAGED = "the file is cut off or edited; restore it, or record or import the trace again"
+
+
+def write_shard(
+    trace_dir: Path,
+    group: str,
+    index: int,
+    block: Mapping[str, NDArray],
+    infos: Mapping[str, ColumnInfo],
+    geometry: Geometry,
+) -> Shard:
+    arrays = {}
+    for name, values in block.items():
+        spec, encoding = column_spec(name, geometry), infos[name].encoding
+        arrays[name] = encode(spec, encoding, values, stored_type(spec, encoding, geometry))
+    table = pa.table(arrays)
+    data = parquet_bytes(table, dictionary=[])
+    file = f"{group}/part-{index:05d}.parquet"
+    (trace_dir / group).mkdir(exist_ok=True)
+    write_atomically(trace_dir / file, data)
+    return Shard(file=file, rows=table.num_rows, sha256=sha256_of(data), column=group)
+
+
+def parquet_bytes(table: pa.Table, dictionary: list[str]) -> bytes:
+    encodings = {}
+    for field in table.schema:
+        if field.name in SCALARS:
+            encodings[field.name] = "DELTA_BINARY_PACKED"
+        elif pa.types.is_fixed_size_list(field.type):
+            encodings[f"{field.name}.list.element"] = "BYTE_STREAM_SPLIT"
+    sink = io.BytesIO()
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        compression_level=_ZSTD_LEVEL,
+        use_dictionary=dictionary,
+        column_encoding=encodings or None,
+        store_schema=True,
+    )
+    return sink.getvalue()
+
+
+def read_table(path: Path, sha256: str, rows: int, columns: list[str] | None) -> pa.Table:
+    if not path.is_file():
+        raise UserError(f"{path}: missing, but listed in manifest.json; restore it")
+    data = path.read_bytes()
+    if sha256_of(data) != sha256:
+        raise UserError(f"{path}: its SHA-256 differs from manifest.json's: {DAMAGED}")
+    file = pq.ParquetFile(pa.BufferReader(data))
+    absent = [name for name in columns or [] if name not in file.schema_arrow.names]
+    if absent:
+        raise UserError(f"{path}: has no column {absent[0]!r}; record or import the trace again")
+    if file.metadata.num_rows != rows:
+        raise UserError(
+            f"{path}: has {file.metadata.num_rows} rows, manifest.json lists {rows}; {DAMAGED}"
+        )
+    return file.read(columns=columns)
