@@ -140,6 +140,14 @@ def _events(data: PolicyData) -> EventTable:
     return data.events
 
 
+def _check_depth(params: Params, data: PolicyData) -> None:
+    if params["depth"] >= data.shape.layers:
+        raise PolicyError(
+            f"depth {params['depth']} reaches beyond the model: it has {data.shape.layers} MoE "
+            f"layers, so give at most {data.shape.layers - 1}"
+        )
+
+
 @register(
     "oracle-prefetch",
     params={**_PARAMS, "wrap": Param(bool, True, "look into the next step from the last layers")},
@@ -151,6 +159,7 @@ def _events(data: PolicyData) -> EventTable:
 def build_oracle(params: Params, data: PolicyData) -> Policy:
     """All right."""
     cache, scope = combine(params["cache"], data)
+    _check_depth(params, data)
     prefetcher = OraclePrefetch(_events(data), params["depth"], params["wrap"], "oracle")
     return Policy(cache, prefetcher, scope=scope)
 
@@ -161,6 +170,12 @@ def build_oracle(params: Params, data: PolicyData) -> Policy:
         **_PARAMS,
         "q": Param(float, 0.85, "share of predicted experts that are right", low=0, high=1),
         "wrap": Param(bool, False, "look into the next step from the last layers"),
+        "predictor": Param(
+            str,
+            "next_gate",
+            "whose measured cost a prediction takes; free: none",
+            choices=("next_gate", "learned", "map_search", "free"),
+        ),
     },
     prefetches=True,
     oracle=True,
@@ -172,6 +187,6 @@ def build_accuracy(params: Params, data: PolicyData) -> Policy:
     events = _events(data)
     table = perturb(events, data.shape.experts, params["q"], data.seed)
     cache, scope = combine(params["cache"], data)
-    return Policy(
-        cache, OraclePrefetch(table, params["depth"], params["wrap"], "accuracy"), scope=scope
-    )
+    _check_depth(params, data)
+    prefetcher = OraclePrefetch(table, params["depth"], params["wrap"], params["predictor"])
+    return Policy(cache, prefetcher, scope=scope)

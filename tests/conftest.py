@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.traces import ALL_COLUMNS, make_trace
+from tracer.importers import import_bigmoe_csv, import_npz
 from tracer.trace import Trace
 
 
@@ -25,3 +26,19 @@ def shared() -> Path:
 def tiny_trace(tmp_path: Path) -> Trace:
     """Three requests of 5 prefill and 12 decode tokens, 3 layers x 8 experts, all columns."""
     return make_trace(tmp_path / "tiny", columns=ALL_COLUMNS)
+
+
+@pytest.fixture(scope="session")
+def gpt_oss_trace(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    """Real decoding of gpt-oss-20b: 213 requests, 64,794 tokens, 24 layers x 32 experts, top-4."""
+    out = tmp_path_factory.mktemp("gpt-oss") / "trace"
+    import_npz(shared / "traces" / "gpt-oss-20b-decode.npz", "gpt-oss-20b", out)
+    return Trace.open(out)
+
+
+@pytest.fixture(scope="session")
+def bigmoe_trace(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    """An engine's log of Qwen3-30B-A3B with its own hits: 28 + 128 tokens, 48 x 128, top-6."""
+    out = tmp_path_factory.mktemp("bigmoe") / "trace"
+    import_bigmoe_csv(shared / "traces" / "bigmoe-qwen3-30b-route.csv", "qwen3-30b-a3b", out)
+    return Trace.open(out)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from configs.errors import UserError
 from tracer.columns import DECODE, NULL_ID, NULL_RESIDENCY, ColumnSpec
 
+NULL_WHERE_EXPERTS_ARE = ("weights", "residency", "gate_probs", "gate_norms", "gate_inputs")
 _MEND = "restore the file, or record or import the trace again"
 
 
@@ -27,12 +28,16 @@ def check_columns(
 
 
 def check_nulls_match(arrays: Mapping[str, NDArray], where: str) -> None:
-    """weights and residency are null exactly where experts is, for those that are given."""
-    if "weights" in arrays:
-        _check_nulls_match(arrays["experts"], np.isnan(arrays["weights"]), "weight", where)
-    if "residency" in arrays:
-        null = arrays["residency"] == NULL_RESIDENCY
-        _check_nulls_match(arrays["experts"], null, "residency", where)
+    """Columns of NULL_WHERE_EXPERTS_ARE, those that are given, are null exactly where experts is."""
+    for name in NULL_WHERE_EXPERTS_ARE:
+        if name not in arrays:
+            continue
+        experts, values = arrays["experts"], arrays[name]
+        null = values == NULL_RESIDENCY if name == "residency" else np.isnan(values)
+        if values.shape != experts.shape:  # one value or vector a layer, not one an expert
+            experts = experts[..., :1]
+            null = null.reshape(*experts.shape[:2], -1)
+        _check_nulls_match(experts, null, name, where)
 
 
 def check_step_order(step: NDArray, previous: int | None, where: str) -> None:
@@ -105,15 +110,15 @@ def _check_residency(spec: ColumnSpec, values: NDArray, where: str) -> None:
         _fail(where, _place(at), f"{spec.name} {values[at]} is neither 0, 1 nor null")
 
 
-def _check_nulls_match(experts: NDArray, null: NDArray, noun: str, where: str) -> None:
+def _check_nulls_match(experts: NDArray, null: NDArray, name: str, where: str) -> None:
     absent = experts == NULL_ID
     differ = absent != null
     if not differ.any():
         return
     at = np.unravel_index(np.argmax(differ), differ.shape)
-    if absent[at]:
-        _fail(where, _place(at), f"a {noun} where no expert ran")
-    _fail(where, _place(at), f"no {noun} for expert id {experts[at]}")
+    ran = not np.broadcast_to(absent, differ.shape)[at]
+    problem = f"{name} is null where an expert ran" if ran else f"a value of {name} where none ran"
+    _fail(where, _place(at), problem)
 
 
 def _place(at: tuple[np.intp, ...]) -> str:

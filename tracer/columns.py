@@ -101,8 +101,8 @@ class ColumnSpec:
         )
 
 
-def column_spec(name: str, geometry: Geometry) -> ColumnSpec:
-    """Return the spec of column `name`; an unknown name is a UserError."""
+def column_spec(name: str, geometry: Geometry, where: str = "trace") -> ColumnSpec:
+    """Return the spec of column `name`; an unknown name is a UserError that begins with `where`."""
     layers, experts, k = geometry.num_moe_layers, geometry.num_experts, geometry.top_k
     hidden, wide = geometry.hidden_size, min(2 * k, experts)
     f16, f32, i16 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.int16)
@@ -121,7 +121,7 @@ def column_spec(name: str, geometry: Geometry) -> ColumnSpec:
     }
     if name not in known:
         raise UserError(
-            f"trace column {name!r} is not known; columns beside {', '.join(REQUIRED)}:"
+            f"{where}: column {name!r} is not known; the columns are {', '.join(REQUIRED)},"
             f" {_OPTIONAL_NAMES}"
         )
     return known[name]

@@ -82,7 +82,7 @@ def _norms(experts: nn.Module) -> list[float]:
 
 def _segments(model: Any, blocks: list[MoeBlock], late_shared: bool) -> tuple[list[int], int]:
     """Bytes read before each gate [L], and after the last experts; the input table is not read."""
-    prefix = blocks[0].name[: re.search(r"\.\d+\.", blocks[0].name).start()]
+    prefix = re.split(r"\.\d+\.", blocks[0].name)[0]
     layers = [_bytes(layer) for layer in model.get_submodule(prefix)]
     shared = [
         _bytes(block.block) - _bytes(block.router) - _bytes(block.experts) for block in blocks
@@ -124,9 +124,8 @@ def _probe(model: Any, blocks: list[MoeBlock]) -> tuple[str, int]:
     )
     if "shared" not in order:
         return "none", kv_bytes
-    return (
-        "before_gate" if order.index("shared") < order.index("gate") else "after_gate"
-    ), kv_bytes
+    early = order.index("shared") < order.index("gate")
+    return "before_gate" if early else "after_gate", kv_bytes
 
 
 def _bytes(module: nn.Module) -> int:

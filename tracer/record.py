@@ -26,7 +26,7 @@ from tracer.columns import DECODE, PREFILL
 from tracer.prompts import Prompt, prompts_sha256, read_prompts
 from tracer.writer import TraceWriter, refuse_non_empty
 
-INSTALL = "pip install 'moesim[torch]'"
+INSTALL = "pip install 'moesim[gpu]'"
 try:
     import torch
     import transformers
@@ -64,10 +64,14 @@ class Sampling:
         """Draw a token id from `logits` [vocabulary], on the CPU so that the seed decides alone."""
         if self.temperature == 0.0:
             return int(logits.argmax())
-        probs = torch.softmax(logits.float().cpu() / self.temperature, dim=-1)
+        probs = torch.softmax(logits.double().cpu() / self.temperature, dim=-1)
         ranked, order = probs.sort(descending=True, stable=True)
-        nucleus = ranked.cumsum(0) - ranked < self.top_p
-        return int(order[torch.multinomial(ranked * nucleus, 1, generator=generator)])
+        likely = ranked.cumsum(0) - ranked < self.top_p
+        nucleus = order[likely].sort().values
+        edges = probs[nucleus].cumsum(0)
+        # Not torch.multinomial: its random numbers depend on the CPU's vector width.
+        point = torch.rand(1, generator=generator, dtype=torch.float64) * edges[-1]
+        return int(nucleus[torch.searchsorted(edges[:-1], point, right=True)])
 
 
 def record(

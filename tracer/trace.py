@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from tracer.arrays import ARRAYS_FILE, Arrays, ArrayTrace, load_arrays, row_range
-from tracer.checks import check_columns, check_nulls_match, check_step_order
+from tracer.checks import NULL_WHERE_EXPERTS_ARE, check_columns, check_nulls_match, check_step_order
 from tracer.columns import (
     DECODE,
     PREFILL,
@@ -102,7 +102,7 @@ class Trace:
         table = read_table(path, entry.sha256, entry.rows, None)
         if not table.schema.equals(REQUESTS_SCHEMA):
             raise UserError(f"{path}: its columns are not {REQUESTS_SCHEMA.names}; {DAMAGED}")
-        return requests_table(table.to_pandas()).to_pandas()
+        return requests_table(table.to_pandas(), str(path)).to_pandas()
 
     def load(self, columns: Sequence[str], start: int = 0, stop: int | None = None) -> Arrays:
         """Load rows [start, stop) of some columns, as `tracer.columns` describes them.
@@ -152,7 +152,7 @@ class Trace:
             if missing:
                 raise UserError(f"{self.path}: manifest.json lists no column {missing[0]!r}")
         for name, info in listed.items():
-            spec = column_spec(name, self.manifest.geometry)
+            spec = column_spec(name, self.manifest.geometry, str(self.path))
             fits = info.dtype == spec.dtype.name and info.shape == spec.shape
             if not fits or info.encoding not in spec.encodings:
                 raise UserError(
@@ -194,7 +194,7 @@ class Trace:
         return requests_table(frame).to_pandas()
 
     def _spec(self, name: str) -> ColumnSpec:
-        spec = column_spec(name, self.manifest.geometry)
+        spec = column_spec(name, self.manifest.geometry, str(self.path))
         if name not in self.manifest.columns:
             raise UserError(
                 f"{self.path}: there is no column {name!r}, only {', '.join(self.columns())};"
@@ -236,7 +236,7 @@ class Trace:
     def _read_shard(self, index: int, columns: list[str]) -> Arrays:
         """Read and check one shard of the columns (and of those they are checked against)."""
         names = list(columns)
-        if {"weights", "residency"} & set(names) and "experts" not in names:
+        if set(NULL_WHERE_EXPERTS_ARE) & set(names) and "experts" not in names:
             names.append("experts")
         specs = {name: self._spec(name) for name in names}
         arrays: Arrays = {}

@@ -165,7 +165,7 @@ class TraceWriter:
         """
         if self._closed:
             raise ValueError("TraceWriter: the trace is closed")
-        table = requests_table(requests)
+        table = requests_table(requests, f"{self.path}: requests")
         self._check_requests(table)
         self._flush()
         if not self._manifest.shards:
@@ -181,7 +181,7 @@ class TraceWriter:
         listed = set(table["request"].to_pylist())
         missing = sorted(set(self._requests) - listed)
         if missing:
-            raise UserError(f"{self.path}: requests: request {missing[0]} has rows but no entry")
+            raise UserError(f"{self.path}: requests: request {missing[0]} has rows but no entry; add it")
 
     def _as_block(self, columns: Mapping[str, ArrayLike]) -> Block:
         if not self._specs:
@@ -247,7 +247,7 @@ def append_column(
     trace_dir = Path(trace_dir)
     manifest = read_manifest(trace_dir)
     geometry = manifest.geometry
-    spec = column_spec(name, geometry)
+    spec = column_spec(name, geometry, str(trace_dir))
     if name in TOKEN_COLUMNS:
         raise UserError(f"{trace_dir}: column {name!r} belongs to the tokens; record again")
     if name in manifest.columns:

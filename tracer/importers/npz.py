@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.geometry import Geometry, load_geometry
-from tracer.checks import check_columns
+from tracer.checks import check_columns, check_nulls_match
 from tracer.columns import DECODE, column_spec
 from tracer.importers.directory import new_directory
 from tracer.manifest import sha256_of
@@ -48,6 +48,7 @@ def import_npz(src: str | Path, model: str, out: str | Path) -> None:
     specs = {name: column_spec(name, geometry) for name in ("experts", "weights")}
     values = {"experts": arrays["experts"], "weights": arrays["scores"]}
     check_columns(values, specs, geometry.num_experts, str(src))
+    check_nulls_match(values, str(src))
     with new_directory(out) as draft, TraceWriter(draft, _fields(src, geometry)) as writer:
         for columns in _blocks(arrays):
             writer.write_rows(**columns)
@@ -58,7 +59,7 @@ def _read(src: Path) -> Arrays:
     if not src.is_file():
         raise UserError(f"{src}: no such file; name the .npz file to import")
     try:
-        with np.load(src, allow_pickle=False) as archive:
+        with src.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             missing = [name for name in _FIELDS if name not in archive]
             arrays = {name: archive[name] for name in _FIELDS if name in archive}
     except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile, zlib.error) as error:

@@ -1,0 +1,54 @@
+"""The simulator: a trace and a policy in, latencies out, on modelled hardware.
+
+>>> from sim import simulate
+>>> row = simulate("sample", policy="lru", hardware="h200-pcie5", expert_budget="25%",
+...                geometry="olmoe-1b-7b", max_tokens=200)
+>>> row.loc[0, "policy"], int(row.loc[0, "decode.accesses"] > 0)
+('lru', 1)
+
+=========  ==============================================================
+point      one point: configuration and run
+inputs     a trace's events, shared by points
+budget     GPU memory by use
+timing     how long things take
+machine    the SimPy model: host thread, GPU stream, copy engine
+link       the copy engine
+gpu        the compute stream
+metrics    latencies, hits, bytes, time by cause
+sweep      many points
+ranking    who wins where, in tables and words
+plots      figures
+=========  ==============================================================
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sim.point import Point, inputs_for, run_point
+from sim.sweep import SweepConfig, flatten, load_config, read_results, sweep
+from tracer.trace import Trace
+
+__all__ = [
+    "Point",
+    "SweepConfig",
+    "load_config",
+    "read_results",
+    "run_point",
+    "simulate",
+    "sweep",
+]
+
+
+def simulate(trace: str | Path | Trace, **point: Any) -> pd.DataFrame:
+    """Simulate one point; returns one row, columns as a sweep's.
+
+    ``trace``: a directory, ``"sample"``, or an opened trace; ``point``: the fields of
+    :class:`sim.point.Point` (``policy``, ``hardware``, ``expert_budget`` or ``budget``, ...).
+    """
+    opened = trace if isinstance(trace, Trace) else Trace.open(trace)
+    chosen = Point(**point)
+    return pd.DataFrame([flatten(run_point(inputs_for(opened, chosen), chosen))])

@@ -1,0 +1,259 @@
+"""One simulated point: its configuration, and the run of it."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+import policies
+from configs.errors import UserError
+from configs.geometry import EXPERT_DTYPE_BITS, Geometry, load_geometry
+from configs.hardware import Hardware, load_hardware
+from configs.units import parse_rate
+from policies.capacity import MemoryPlan, plan_memory
+from policies.core import DecisionCore
+from policies.interface import Options, Policy, PolicyData, Shape
+from policies.registry import PolicyInfo
+from sim.budget import MemoryBudget, describe, resolve
+from sim.inputs import Inputs
+from sim.machine import Machine
+from sim.metrics import collect
+from sim.timing import RooflineTiming
+
+DEFAULT_FIT_SHARE = 0.3
+
+
+class Point(BaseModel):
+    """Everything that decides a point's result, beside the trace.
+
+    ``budget``: GPU memory for the whole model, such as ``8GiB``; or ``expert_budget``: the slots
+    alone, ``4000MiB``, ``25%`` or ``8/layer``. ``link``: overrides the hardware's rate (``25GB/s``).
+    ``geometry``: a model of ``configs/models`` to time instead of the trace's own. ``window``:
+    chunks handed to the hardware at a time. ``fit_share``: share of the requests that fitted
+    policies learn from (None: 0.3 for them, 0 for others).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    policy: str
+    params: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    hardware: str
+    budget: str | None = None
+    expert_budget: str | None = None
+    link: str | None = None
+    geometry: str | None = None
+    dtype: str | None = None
+    window: int = Field(default=2, ge=1, le=64)
+    touch_order: str = "last-use"
+    max_tokens: int | None = None
+    fit_share: float | None = None
+    seed: int = Field(default=0, ge=0)
+
+    @property
+    def label(self) -> str:
+        """Policy name with its given parameters, for tables and plots."""
+        if not self.params:
+            return self.policy
+        given = " ".join(f"{name}={value}" for name, value in sorted(self.params.items()))
+        return f"{self.policy} {given}"
+
+
+def inputs_for(trace: Any, point: Point) -> Inputs:
+    """Inputs of a single point: requests are set aside only if its policy is fitted."""
+    share = point.fit_share
+    if share is None:
+        share = DEFAULT_FIT_SHARE if policies.get(point.policy).fitted else 0.0
+    return Inputs(trace, max_tokens=point.max_tokens, fit_share=share)
+
+
+def run_point(inputs: Inputs, point: Point) -> dict[str, Any]:
+    """Simulate one point; returns configuration, metrics and provenance, nested, JSON-ready.
+
+    Raises UserError or PolicyError for what a user can mend.
+    """
+    info = policies.get(point.policy)
+    params, options = info.parse(point.params)
+    geometry = timed_geometry(inputs, point)
+    hardware = timed_hardware(point)
+    workload = inputs.workload(point.touch_order)
+    memory = resolve(geometry, workload, *_budgets(info, point))
+    shape = Shape(
+        layers=geometry.num_moe_layers,
+        experts=geometry.num_experts,
+        top_k=geometry.top_k,
+        bytes_by_layer=geometry.expert_bytes_by_layer,
+    )
+    policy = info.build(params, _policy_data(info, params, inputs, point, shape))
+    plan = _plan(shape, policy, options, memory, point)
+    core = DecisionCore(shape, plan, policy, options)
+    machine = Machine(workload, core, RooflineTiming(geometry, hardware), window=point.window)
+    machine.run()
+    return {
+        **_configuration(point, params, geometry, hardware, memory, plan),
+        **collect(machine),
+        "trace": _trace_facts(inputs),
+        "timing": machine.timing.provenance,
+        "produced_by": produced_by(),
+    }
+
+
+def _budgets(info: PolicyInfo, point: Point) -> tuple[str | None, str | None]:
+    if info.needs_all:
+        return None, None
+    if point.budget is None and point.expert_budget is None:
+        raise UserError(
+            f"{point.policy} needs a budget: give --budget 8GiB (the whole model) or "
+            "--expert-budget 25% (the expert slots)"
+        )
+    return point.budget, point.expert_budget
+
+
+def timed_geometry(inputs: Inputs, point: Point) -> Geometry:
+    """The geometry whose time is modelled; it must have the trace's MoE layers x E x k."""
+    own = inputs.manifest.geometry
+    if point.geometry is None:
+        return own if point.dtype is None else _at_dtype(own, point.dtype)
+    chosen = load_geometry(point.geometry, point.dtype)
+    ours = (chosen.num_moe_layers, chosen.num_experts, chosen.top_k)
+    theirs = (own.num_moe_layers, own.num_experts, own.top_k)
+    if ours != theirs:
+        raise UserError(
+            f"geometry {chosen.name} has {_sizes(ours)}, the trace of {own.name} {_sizes(theirs)}: "
+            "a trace can only drive a model of its own layers x experts x top-k"
+        )
+    return chosen
+
+
+def _sizes(sizes: tuple[int, int, int]) -> str:
+    return f"{sizes[0]} layers x {sizes[1]} experts, top-{sizes[2]}"
+
+
+def _at_dtype(geometry: Geometry, dtype: str) -> Geometry:
+    if dtype not in EXPERT_DTYPE_BITS:
+        known = ", ".join(EXPERT_DTYPE_BITS)
+        raise UserError(f"expert dtype '{dtype}' is unknown: choose one of {known}")
+    if len(set(geometry.expert_bytes_by_layer)) > 1:
+        raise UserError(
+            f"--dtype {dtype}: the experts of {geometry.name} differ in size by layer, as its file "
+            "gave them; leave --dtype out"
+        )
+    size = -(-int(geometry.expert_params * EXPERT_DTYPE_BITS[dtype] * 4) // 32)
+    sizes = (size,) * geometry.num_moe_layers
+    return geometry.model_copy(update={"expert_dtype": dtype, "expert_bytes_by_layer": sizes})
+
+
+def timed_hardware(point: Point) -> Hardware:
+    """The hardware profile, with the point's link if it names one."""
+    hardware = load_hardware(point.hardware)
+    return hardware if point.link is None else hardware.with_link(parse_rate(point.link))
+
+
+def _policy_data(
+    info: PolicyInfo, params: dict[str, Any], inputs: Inputs, point: Point, shape: Shape
+) -> PolicyData:
+    """What this policy may know; the future only if it is a declared oracle."""
+    touch = point.touch_order
+    future: dict[str, Any] = {}
+    if info.oracle:
+        following, first = inputs.future(touch)
+        events = inputs.workload(touch).events
+        future = {"events": events, "next_use": following, "first_use": first}
+    return PolicyData(
+        shape,
+        lookahead=lambda name, width: inputs.lookahead(name, width, touch),
+        columns=frozenset(inputs.trace.columns()),
+        popularity=inputs.popularity() if info.fitted else None,
+        seed=point.seed,
+        **future,
+    )
+
+
+def _plan(
+    shape: Shape, policy: Policy, options: Options, memory: MemoryBudget, point: Point
+) -> MemoryPlan:
+    try:
+        return plan_memory(
+            shape,
+            policy.scope,
+            memory.expert_bytes,
+            staging_slots=options.staging_slots,
+            needs_staging=policy.cache.may_refuse,
+        )
+    except policies.PolicyError as error:
+        if point.budget is None:
+            raise
+        raise UserError(f"budget {point.budget}: {error}; beside it {describe(memory)}") from None
+
+
+def _configuration(
+    point: Point,
+    params: dict[str, Any],
+    geometry: Geometry,
+    hardware: Hardware,
+    memory: MemoryBudget,
+    plan: MemoryPlan,
+) -> dict[str, Any]:
+    slots = None if plan.by_bytes else sum(plan.capacity) + plan.staging_slots
+    return {
+        "policy": point.policy,
+        "label": point.label,
+        "params": params,
+        "point": point.model_dump(),
+        "hardware": hardware.name,
+        "hardware_calibrated": hardware.calibrated,
+        "link_bytes_per_s": int(hardware.link_bytes_per_s),
+        "geometry": geometry.name,
+        "expert_dtype": geometry.expert_dtype,
+        "budget_bytes": memory.total_bytes,
+        "expert_budget_bytes": memory.expert_bytes,
+        "memory": {
+            "nonexpert_bytes": memory.nonexpert_bytes,
+            "kv_bytes": memory.kv_bytes,
+            "workspace_bytes": memory.workspace_bytes,
+            "slots_bytes": plan.used_bytes,
+            "slots": slots,
+            "staging_slots": plan.staging_slots,
+            "peak_bytes": memory.fixed_bytes + plan.used_bytes,
+            "expert_bytes_total": geometry.expert_bytes_total,
+            "gpu_memory_bytes": hardware.gpu_memory_bytes,
+            "fits": memory.fixed_bytes + plan.used_bytes <= hardware.gpu_memory_bytes,
+        },
+    }
+
+
+def _trace_facts(inputs: Inputs) -> dict[str, Any]:
+    return {
+        "model": inputs.manifest.model_id,
+        "digest": inputs.trace.digest,
+        "judged_requests": len(inputs.judged),
+        "fitted_requests": len(inputs.fitted_on),
+    }
+
+
+@functools.cache
+def produced_by() -> dict[str, str | None]:
+    """Version and, in a git checkout, commit of this program."""
+    try:
+        release: str | None = version("moesim")
+    except PackageNotFoundError:
+        release = None
+    return {"moesim": release, "git": _git_commit()}
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout that this file lies in; None where it was installed without one."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    answer = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return answer.stdout.strip() or None

@@ -1,0 +1,362 @@
+"""Sweeps: policies x budgets x links x hardware, one row a point.
+
+Points are independent; they run in this process or in joblib's workers, which share one
+memory-mapped copy of the trace. Finished points are appended to ``points.jsonl`` as they come, so a
+sweep that was broken off goes on where it stopped. At the end ``results.parquet`` and
+``results.csv`` hold all rows in the order of the configuration, whatever the number of jobs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import Any, Self
+
+import pandas as pd
+from joblib import Parallel, delayed
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+import policies
+from configs.errors import UserError
+from configs.load import find, read_yaml
+from policies.errors import PolicyError
+from sim.inputs import BASE_COLUMNS, Inputs, TraceSource
+from sim.point import DEFAULT_FIT_SHARE, Point, produced_by, run_point
+from tracer.trace import Trace, load_arrays
+
+CONFIG_FILE, POINTS_FILE = "sweep.json", "points.jsonl"
+PARQUET_FILE, CSV_FILE = "results.parquet", "results.csv"
+
+Progress = Callable[[int, int], None]
+Scalar = str | int | float | bool
+
+
+class PolicyChoice(BaseModel):
+    """A policy with parameters, as a sweep lists it: a bare name, or ``{name: ..., set: {...}}``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    set: dict[str, Scalar] = Field(default_factory=dict)
+
+
+class SweepConfig(BaseModel):
+    """What to sweep. Lists multiply; ``links`` empty means each hardware's own link.
+
+    One of ``budgets`` (whole model, ``8GiB``) and ``expert_budgets`` (slots, ``25%``) is given.
+    Every policy is judged on the same requests: if any of them is fitted, ``fit_share`` of the
+    requests (0.3 if not given) is set aside for all.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    trace: str
+    policies: tuple[PolicyChoice, ...] = Field(min_length=1)
+    hardware: tuple[str, ...] = Field(min_length=1)
+    budgets: tuple[str, ...] = ()
+    expert_budgets: tuple[str, ...] = ()
+    links: tuple[str, ...] = ()
+    geometry: str | None = None
+    dtype: str | None = None
+    window: int = Field(default=2, ge=1, le=64)
+    touch_order: str = "last-use"
+    max_tokens: int | None = Field(default=None, ge=1)
+    fit_share: float | None = Field(default=None, ge=0, lt=1)
+    seed: int = Field(default=0, ge=0)
+
+    @field_validator("policies", mode="before")
+    @classmethod
+    def _bare_names(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        return tuple({"name": item} if isinstance(item, str) else item for item in value)
+
+    @model_validator(mode="after")
+    def _one_kind_of_budget(self) -> Self:
+        if bool(self.budgets) == bool(self.expert_budgets):
+            raise ValueError("give one of budgets and expert_budgets")
+        return self
+
+    @property
+    def judged_fit_share(self) -> float:
+        """Share of the requests set aside for fitted policies."""
+        if self.fit_share is not None:
+            return self.fit_share
+        fitted = any(policies.get(choice.name).fitted for choice in self.policies)
+        return DEFAULT_FIT_SHARE if fitted else 0.0
+
+    def points(self) -> list[Point]:
+        """All points in order; a policy that needs all experts appears once a system."""
+        seen: dict[str, Point] = {}
+        systems = list(product(self.hardware, self.links or (None,)))
+        for (hardware, link), choice in product(systems, self.policies):
+            for budget, expert_budget in self._budgets(choice):
+                point = Point(
+                    policy=choice.name,
+                    params=choice.set,
+                    hardware=hardware,
+                    link=link,
+                    budget=budget,
+                    expert_budget=expert_budget,
+                    geometry=self.geometry,
+                    dtype=self.dtype,
+                    window=self.window,
+                    touch_order=self.touch_order,
+                    max_tokens=self.max_tokens,
+                    fit_share=self.judged_fit_share,
+                    seed=self.seed,
+                )
+                seen[point_id(point)] = point
+        return list(seen.values())
+
+    def _budgets(self, choice: PolicyChoice) -> list[tuple[str | None, str | None]]:
+        if policies.get(choice.name).needs_all:
+            return [(None, None)]
+        if self.budgets:
+            return [(budget, None) for budget in self.budgets]
+        return [(None, budget) for budget in self.expert_budgets]
+
+
+def load_config(name_or_path: str | Path) -> SweepConfig:
+    """A sweep of ``configs/sweeps`` by name, or a YAML file of the user's."""
+    return read_yaml(SweepConfig, find(name_or_path, "sweeps", "sweep"))
+
+
+def point_id(point: Point) -> str:
+    """Digest of a point's configuration."""
+    return hashlib.sha256(_canonical(point.model_dump()).encode()).hexdigest()[:16]
+
+
+def sweep(
+    config: SweepConfig | str | Path,
+    *,
+    out: str | Path | None = None,
+    jobs: int = 1,
+    trace: TraceSource | None = None,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Run all points; returns one row a point, in the configuration's order.
+
+    ``config``: a :class:`SweepConfig`, the name of a shipped sweep, or a YAML file. ``out``: a
+    directory for results; finished points found there are not run again. ``jobs``: processes.
+    ``trace``: an opened trace in place of the configuration's. ``progress(done, total)`` is called
+    as points finish. A point that fails is a row with ``status`` failed and its ``error``.
+
+    Raises UserError for a wrong configuration or an ``out`` that holds another sweep's results.
+    """
+    if not isinstance(config, SweepConfig):
+        config = load_config(config)
+    if jobs < 1:
+        raise UserError(f"--jobs {jobs}: give at least 1")
+    opened: TraceSource = Trace.open(config.trace) if trace is None else trace
+    points = config.points()
+    store = _Store(None if out is None else Path(out), config, opened.digest)
+    rows = store.finished()
+    waiting = [point for point in points if point_id(point) not in rows]
+    if progress is not None:
+        progress(len(points) - len(waiting), len(points))
+    for row in _run_all(opened, waiting, jobs):
+        rows[row["point_id"]] = row
+        store.append(row)
+        if progress is not None:
+            progress(len(rows), len(points))
+    frame = to_frame([rows[point_id(point)] for point in points])
+    store.write_tables(frame)
+    return frame
+
+
+def to_frame(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """Rows as a table; columns in the order in which they first appear."""
+    return pd.DataFrame(list(rows))
+
+
+def read_results(directory: str | Path) -> pd.DataFrame:
+    """The table of a finished sweep."""
+    path = Path(directory) / PARQUET_FILE
+    if not path.is_file():
+        raise UserError(f"{path} is not there: run `moesim sweep CONFIG --out {directory}` to the end")
+    return pd.read_parquet(path)
+
+
+# ---------------------------------------------------------------------- running
+
+
+def _run_all(trace: TraceSource, points: list[Point], jobs: int) -> Iterator[dict[str, Any]]:
+    if not points:
+        return
+    if jobs == 1 or len(points) == 1:
+        inputs = _Shared(lambda point: _inputs(trace, point))
+        yield from (_run_row(inputs.get(point), point) for point in points)
+        return
+    with _exported(trace, points) as directory:
+        tasks = (delayed(_work)(directory, point.model_dump()) for point in points)
+        yield from Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks)
+
+
+class _Shared:
+    """Inputs by what they depend on, made once."""
+
+    def __init__(self, make: Callable[[Point], Inputs]) -> None:
+        self._make = make
+        self._known: dict[tuple[int | None, float | None], Inputs] = {}
+
+    def get(self, point: Point) -> Inputs:
+        key = (point.max_tokens, point.fit_share)
+        if key not in self._known:
+            self._known[key] = self._make(point)
+        return self._known[key]
+
+
+def _inputs(trace: TraceSource, point: Point) -> Inputs:
+    return Inputs(trace, max_tokens=point.max_tokens, fit_share=point.fit_share or 0.0)
+
+
+@lru_cache(maxsize=1)
+def _worker_inputs(directory: str) -> _Shared:
+    trace = load_arrays(directory)
+    return _Shared(lambda point: _inputs(trace, point))
+
+
+def _work(directory: str, point: dict[str, Any]) -> dict[str, Any]:
+    """Runs in a worker process: one point on the shared arrays."""
+    parsed = Point.model_validate(point)
+    return _run_row(_worker_inputs(directory).get(parsed), parsed)
+
+
+@contextmanager
+def _exported(trace: TraceSource, points: list[Point]) -> Iterator[str]:
+    """The columns that the points need, once, for all workers to map."""
+    wanted = set(BASE_COLUMNS)
+    for point in points:
+        wanted |= set(_needed_columns(point)) & set(trace.columns())
+    with tempfile.TemporaryDirectory(prefix="moesim-") as scratch:
+        directory = Path(scratch) / "trace"
+        trace.export_arrays(directory, sorted(wanted))  # type: ignore[attr-defined]
+        yield str(directory)
+
+
+def _needed_columns(point: Point) -> tuple[str, ...]:
+    info = policies.get(point.policy)
+    try:
+        params, _ = info.parse(point.params)
+    except PolicyError:
+        return ()  # the point fails by itself, with this error in its row
+    return info.columns(params)
+
+
+def _run_row(inputs: Inputs, point: Point) -> dict[str, Any]:
+    """One point as a flat row; an error becomes the row's ``error``."""
+    info = policies.get(point.policy)
+    head = {
+        "point_id": point_id(point),
+        "status": "ok",
+        "error": None,
+        "policy": point.policy,
+        "label": point.label,
+        "oracle": info.oracle,
+        "lossless": info.lossless,
+        "prefetches": info.prefetches,
+        "time_dependent": info.time_dependent or info.prefetches,
+        "fitted": info.fitted,
+        **{f"point.{name}": _cell(value) for name, value in point.model_dump().items()},
+        "trace.digest": inputs.trace.digest,
+        **{f"produced_by.{name}": value for name, value in produced_by().items()},
+    }
+    try:
+        result = run_point(inputs, point)
+    except (UserError, PolicyError) as error:
+        return {**head, "status": "failed", "error": str(error)}
+    except Exception as error:  # a fault of ours must not stop the other points; it stays visible
+        traceback.print_exc(file=sys.stderr)
+        return {**head, "status": "failed", "error": f"internal error: {error!r}"}
+    del result["point"]
+    return {**head, **flatten(result)}
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, keys joined by dots; empty dicts and lists become JSON text."""
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and name != "params":
+            flat.update(flatten(value, f"{key}."))
+        else:
+            flat[key] = _cell(value)
+    return flat
+
+
+def _cell(value: Any) -> Any:
+    return _canonical(value) if isinstance(value, dict | list | tuple) else value
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+# ---------------------------------------------------------------------- keeping
+
+
+class _Store:
+    """The results directory of one sweep; with no directory, nothing is kept."""
+
+    def __init__(self, out: Path | None, config: SweepConfig, digest: str) -> None:
+        self._out = out
+        if out is None:
+            return
+        identity = {
+            "config": config.model_dump(mode="json"),
+            "trace_digest": digest,
+            "produced_by": produced_by(),
+        }
+        self._claim(out, json.dumps(identity, indent=1, sort_keys=True) + "\n")
+
+    @staticmethod
+    def _claim(out: Path, identity: str) -> None:
+        path = out / CONFIG_FILE
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out {out} is a file: name a directory")
+        if path.is_file():
+            if path.read_text(encoding="utf-8") != identity:
+                raise UserError(
+                    f"--out {out} holds results of another sweep, trace or version "
+                    f"({CONFIG_FILE} differs): name another directory"
+                )
+            return
+        if out.exists() and any(out.iterdir()):
+            raise UserError(f"--out {out} is not empty and holds no sweep: name another directory")
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text(identity, encoding="utf-8")
+
+    def finished(self) -> dict[str, dict[str, Any]]:
+        """Rows of points that succeeded before; a last line cut off by a kill is dropped."""
+        if self._out is None or not (self._out / POINTS_FILE).is_file():
+            return {}
+        path = self._out / POINTS_FILE
+        text = path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            path.write_text(whole, encoding="utf-8")
+        rows = (json.loads(line) for line in whole.splitlines())
+        return {row["point_id"]: row for row in rows if row["status"] == "ok"}
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Keep a finished point now."""
+        if self._out is None:
+            return
+        with (self._out / POINTS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def write_tables(self, frame: pd.DataFrame) -> None:
+        """Parquet and CSV of all rows."""
+        if self._out is None:
+            return
+        frame.to_parquet(self._out / PARQUET_FILE, index=False)
+        frame.to_csv(self._out / CSV_FILE, index=False)
