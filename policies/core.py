@@ -242,7 +242,9 @@ class DecisionCore:
             elif key in self.parked:
                 self.queue.push_low(self.parked.pop(key))
             elif state[key] == ABSENT:
-                copy = self._new_copy(key, layer, high=False, source=source)
+                self._seq += 1
+                copy = Copy(key, layer, self._chunk_bytes[key], self._seq, False, source)
+                self.copies[key] = copy
                 if priorities:
                     copy.priority = priorities[index]
                 state[key] = QUEUED
@@ -410,8 +412,11 @@ class DecisionCore:
         if self._hits is not None and key in self._hits:
             # Resident when the event began, thrown out by an earlier wave of the same event.
             self.tally.collision_misses += 1
-        copy = self._new_copy(key, self.memory.layer_of[key], high=True, source="demand")
-        copy.staged = key in self._refused
+        self._seq += 1
+        copy = Copy(key, self.layer, self._chunk_bytes[key], self._seq, True)
+        self.copies[key] = copy
+        if self._refused:
+            copy.staged = key in self._refused
         self._state[key] = QUEUED
         self.queue.high.append(copy)
 
@@ -422,12 +427,6 @@ class DecisionCore:
             self.queue.push_high(copy)
         elif not copy.high:
             self.queue.promote(copy)
-
-    def _new_copy(self, key: int, layer: int, *, high: bool, source: str) -> Copy:
-        self._seq += 1
-        copy = Copy(key, layer, self._chunk_bytes[key], self._seq, high=high, source=source)
-        self.copies[key] = copy
-        return copy
 
     def _route(self, layer: int, keys: Keys) -> Keys:
         assert self._miss_rule is not None
@@ -509,14 +508,15 @@ class DecisionCore:
         return None
 
     def _evict(self, key: int) -> None:
-        copy = self.copies.pop(key, None)
+        copy = None if self._state[key] == RESIDENT else self.copies.pop(key)
         if copy is not None and self.parked.pop(key, None) is None:
             self.queue.remove(copy)
         self.tally.evictions += 1
-        wasted = self._prefetched.pop(key, None)
-        if wasted is not None:
-            landed = wasted if copy is None else sum(copy.chunk_bytes[: copy.landed])
-            self.tally.wasted_prefetch_bytes += landed
+        if self._prefetched:
+            wasted = self._prefetched.pop(key, None)
+            if wasted is not None:
+                landed = wasted if copy is None else sum(copy.chunk_bytes[: copy.landed])
+                self.tally.wasted_prefetch_bytes += landed
         self.memory.release(key)
         self._rule.on_evict(key)
         if self.log is not None:

@@ -79,7 +79,7 @@ class ExpertMemory:
         """Take the slot from ``key``, cached or staged."""
         self.state[key] = ABSENT
         slot = self.slot_of.pop(key, None)
-        if key in self.staged:
+        if self.staged and key in self.staged:
             self.staged.discard(key)
             self.staging_free += 1
             if slot is not None:

@@ -41,23 +41,18 @@ class Copy:
         layer: int,
         chunk_bytes: tuple[int, ...],
         seq: int,
-        *,
         high: bool,
-        priority: float = 0.0,
         source: str = "demand",
-        staged: bool = False,
     ) -> None:
         self.key = key
         self.layer = layer
         self.chunk_bytes = chunk_bytes
         self.chunks = len(chunk_bytes)
         self.seq = seq
-        self.high = high
-        self.demand = high
-        self.priority = priority
+        self.high = self.demand = self.awaited = high
+        self.priority = 0.0
         self.source = source
-        self.staged = staged
-        self.awaited = high
+        self.staged = False
         self.sent = 0
         self.landed = 0
 

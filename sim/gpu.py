@@ -31,16 +31,19 @@ class GpuStream:
         """When everything submitted ends, given the link's activity up to ``known_until``."""
         pending = self._pending
         free = self._free
+        intervals = self._intervals
         while pending:
             earliest, nominal, slowdown, kind = pending[0]
             start = earliest if earliest > free else free
-            end = self._run(start, nominal, slowdown)
+            if intervals and intervals[-1][1] > start and slowdown:
+                end = self._run(start, nominal, slowdown)
+            else:
+                end = start + nominal
             if end > known_until:
                 return self._estimate(free)
             pending.popleft()
             self.busy_ns[kind] += end - start
             free = self._free = end
-            intervals = self._intervals
             while len(intervals) > 1 and intervals[0][1] <= free:
                 intervals.popleft()
         return free
@@ -56,12 +59,9 @@ class GpuStream:
         While the link is busy the kernel advances at 1 / (1 + slowdown); whole nanoseconds, the
         time needed rounds up, the work done rounds down.
         """
-        intervals = self._intervals
-        if not intervals or slowdown_ppm == 0 or intervals[-1][1] <= start:
-            return start + nominal
         scale = _PPM + slowdown_ppm
         at, left = start, nominal
-        for begin, end in intervals:
+        for begin, end in self._intervals:
             if end <= at:
                 continue
             if begin > at:

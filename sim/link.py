@@ -63,6 +63,7 @@ class Link:
         self._wire_ns: dict[int, int] = {}
         self._waiting: deque[tuple[Copy, int, int]] = deque()
         self._moving: Copy | None = None
+        self._on_landing = self._landed
         self._end = 0
 
     @property
@@ -113,8 +114,8 @@ class Link:
         event = Event(env)
         event._ok = True
         event._value = None
-        event.callbacks.append(self._landed)
-        env.schedule(event, URGENT, end - env.now)
+        event.callbacks.append(self._on_landing)
+        env.schedule(event, URGENT, end - env._now)
         self.current = event
 
     def _landed(self, _: Event) -> None:
@@ -126,4 +127,4 @@ class Link:
         if self._waiting:
             self._begin(*self._waiting.popleft())
         if self.spinning:
-            self.refill(self.env.now)
+            self.refill(self.env._now)

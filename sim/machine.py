@@ -102,8 +102,8 @@ class Machine:
             times.begin.append(begin)
             times.end.append(now)
             self._book(marks)
-        if now > self.env.now:
-            yield self.env.timeout(now - self.env.now)
+        if now > self.env._now:
+            yield self.env.timeout(now - self.env._now)
         link.spinning = False
 
     def _book(self, marks: tuple[int, ...]) -> None:
@@ -144,8 +144,8 @@ class Machine:
                 self._announce(prediction, now)
             now += host.decision_ns
             if self._queue.ready or link.current is not None or self._unsettled:
-                if now > self.env.now and (link.current is not None or self._unsettled):
-                    yield self.env.timeout(now - self.env.now)
+                if now > self.env._now and (link.current is not None or self._unsettled):
+                    yield self.env.timeout(now - self.env._now)
                 now = link.refill(now)
             now = yield from self._wave(layer, wave, tokens, now)
             while not wave.last:
@@ -153,8 +153,8 @@ class Machine:
                 self.clock = now
                 wave = core.next_wave()
                 now += host.decision_ns
-                if now > self.env.now and link.current is not None:
-                    yield self.env.timeout(now - self.env.now)
+                if now > self.env._now and link.current is not None:
+                    yield self.env.timeout(now - self.env._now)
                 now = link.refill(now)
                 now = yield from self._wave(layer, wave, tokens, now)
         now += host.segment_launch_ns
@@ -211,20 +211,21 @@ class Machine:
         self, layer: int, waiting: int, tokens: dict[int, int] | None, now: int
     ) -> Generator[Event, Any, int]:
         """One launch for all that has landed since the last."""
-        env, link, landed = self.env, self.link, self.core.landed
+        env, link, landed, queue = self.env, self.link, self.core.landed, self._queue
         while waiting:
             began = now
             link.host_free = now
-            if env.now < now and (landed or self._must_poll):
-                yield env.timeout(now - env.now)
-            self._poll(now)
+            if self._unsettled or landed or (queue.ready and link.room):
+                if env._now < now:
+                    yield env.timeout(now - env._now)
+                self._poll(now)
             link.spinning = True
             while not landed:
-                yield self._next_landing()
-            if env.now < now:
-                yield env.timeout(now - env.now)
+                yield link.current or self._no_copy()
+            if env._now < now:
+                yield env.timeout(now - env._now)
             link.spinning = False
-            now = link.host_free if link.host_free > env.now else env.now
+            now = link.host_free if link.host_free > env._now else env._now
             self._count_stall(landed[-1], began)
             group = [copy.key for copy in landed]
             landed.clear()
@@ -241,17 +242,17 @@ class Machine:
         while at < len(order):
             began = now
             link.host_free = now
-            if env.now < now and (link.current is not None or self._must_poll):
-                yield env.timeout(now - env.now)
+            if env._now < now and (link.current is not None or self._must_poll):
+                yield env.timeout(now - env._now)
             self._poll(now)
             link.spinning = True
             waited = state[order[at]] != RESIDENT
             while state[order[at]] != RESIDENT:
-                yield self._next_landing()
-            if env.now < now and link.current is not None:
-                yield env.timeout(now - env.now)
+                yield link.current or self._no_copy()
+            if env._now < now and link.current is not None:
+                yield env.timeout(now - env._now)
             link.spinning = False
-            now = max(now, link.host_free, env.now)
+            now = max(now, link.host_free, env._now)
             if waited:
                 self._count_stall(landed[-1], began)
             first = at
@@ -261,24 +262,24 @@ class Machine:
         landed.clear()
         return now
 
-    def _next_landing(self) -> Event:
-        event = self.link.current
-        if event is None:
-            raise RuntimeError(
-                f"step {self.core.step}, layer {self.core.layer}: an expert is awaited but no copy "
-                "is under way"
-            )
-        return event
+    def _no_copy(self) -> Event:
+        raise RuntimeError(
+            f"step {self.core.step}, layer {self.core.layer}: an expert is awaited but no copy is "
+            "under way"
+        )
 
     def _count_stall(self, copy: Copy, began: int) -> None:
         """Time the GPU stood idle because the host waited for this copy since ``began``."""
-        now = self.env.now
-        idle_from = max(began, self.gpu.end(self.link.known_until(now)))
-        stall = max(0, now - idle_from)
+        now = self.env._now
+        idle_from = self.gpu.end(self.link.known_until(now))
+        if idle_from < began:
+            idle_from = began
+        if idle_from >= now:
+            return
         if copy.demand:
-            self.stall_miss += stall
+            self.stall_miss += now - idle_from
         else:
-            self.stall_late += stall
+            self.stall_late += now - idle_from
 
     # ------------------------------------------------------------------ spinning
 
@@ -302,20 +303,20 @@ class Machine:
         env, link, gpu = self.env, self.link, self.gpu
         readback = self.timing.host.readback_ns
         link.host_free = now
-        if env.now < now and self._must_poll:
-            yield env.timeout(now - env.now)
+        if env._now < now and self._must_poll:
+            yield env.timeout(now - env._now)
         self._poll(now)
         if link.current is None and not self._unsettled:
             return max(gpu.end(now) + readback, link.host_free)
         link.spinning = True
         while True:
-            done = gpu.end(link.known_until(env.now)) + readback
+            done = gpu.end(link.known_until(env._now)) + readback
             target = max(done, link.host_free)
-            if target <= env.now:
+            if target <= env._now:
                 break
-            yield env.timeout(target - env.now)
+            yield env.timeout(target - env._now)
         link.spinning = False
-        return env.now
+        return env._now
 
     # ------------------------------------------------------------------ predictions, CPU
 
@@ -326,13 +327,13 @@ class Machine:
             self.core.prediction_ready(prediction)
             return
         self._unsettled += 1
-        event = self.env.timeout(now + cost - self.env.now, prediction)
+        event = self.env.timeout(now + cost - self.env._now, prediction)
         event.callbacks.append(self._predicted)
 
     def _predicted(self, event: Event) -> None:
         self._due.append(event.value)
         if self.link.spinning:
-            self._poll(self.env.now)
+            self._poll(self.env._now)
 
     def _start_cpu(
         self, layer: int, wave: Wave, tokens: dict[int, int] | None, now: int
@@ -354,11 +355,11 @@ class Machine:
         if cpu_end > now:
             link.host_free = now
             if link.current is not None or self._unsettled:
-                if env.now < now and self._must_poll:
-                    yield env.timeout(now - env.now)
+                if env._now < now and self._must_poll:
+                    yield env.timeout(now - env._now)
                 self._poll(now)
                 link.spinning = True
-                yield env.timeout(cpu_end - env.now)
+                yield env.timeout(cpu_end - env._now)
                 link.spinning = False
             now = max(cpu_end, link.host_free)
             idle_from = max(began, self.gpu.end(link.known_until(cpu_end)))

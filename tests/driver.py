@@ -276,24 +276,27 @@ def make_core(
     data: PolicyData,
     *,
     slots: int | None = None,
+    budget: int | None = None,
     plan: MemoryPlan | None = None,
     log: Log | None = None,
     **given: object,
 ) -> DecisionCore:
     """Core of policy `name`.
 
-    `slots`: what the budget holds, of the largest experts, staging included; or a `plan`. `given`:
-    the policy's parameters and the common options.
+    Memory is one of `slots` (so many of the largest experts, staging included), `budget` (bytes) and
+    `plan`. `given`: the policy's parameters and the common options.
     """
     info = policies.get(name)
     values, options = info.parse(given)
     policy = info.build(values, data)
     if plan is None:
-        assert slots is not None
+        if budget is None:
+            assert slots is not None, "give slots, budget or plan"
+            budget = slots * max(data.shape.bytes_by_layer)
         plan = plan_memory(
             data.shape,
             policy.scope,
-            slots * max(data.shape.bytes_by_layer),
+            budget,
             staging_slots=options.staging_slots,
             needs_staging=policy.cache.may_refuse,
         )

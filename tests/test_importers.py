@@ -87,19 +87,26 @@ def replaced(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (changed("experts", (5, 3, 1), 32), r"row 5, layer 3, rank 1: .*id 32 is outside \[0, 32\)"),
+        (
+            changed("experts", (5, 3, 1), 32),
+            r"row 5, layer 3, rank 1: .*id 32 is outside \[0, 32\)",
+        ),
         (changed("experts", (6, 2), 9), "row 6, layer 2: .*expert id 9 occurs twice"),
         (changed("scores", (1, 0, 0), np.inf), "row 1, layer 0, rank 0: weights inf"),
         (changed("scores", (1, 0, 2), np.nan), "row 1, layer 0, rank 2: weights is null"),
         (changed("offsets", 1, 0), "offsets must increase from 0 to the 9 rows"),
         (changed("offsets", 2, 8), "offsets must increase from 0 to the 9 rows"),
         (changed("prompt_len", 1, -1), "prompt_len -1 of request 1 is negative"),
-        (lambda arrays: arrays.pop("scores"), "array 'scores' is missing; it needs experts, scores"),
+        (
+            lambda arrays: arrays.pop("scores"),
+            "array 'scores' is missing; it needs experts, scores",
+        ),
         (replaced("experts", np.zeros((9, 24, 8), np.uint8)), r"\[9, 24, 8\], expected .*top-4"),
         (replaced("experts", np.zeros((9, 23, 4), np.uint8)), r"\[9, 23, 4\], expected .*24 MoE"),
         (replaced("scores", np.zeros((8, 24, 4), np.float16)), r"'scores' is float16 \[8, 24, 4\]"),
         (replaced("scores", np.zeros((9, 24, 4), np.int8)), "'scores' is int8 .*expected floats"),
         (replaced("token", np.zeros(9)), "'token' is float64 .*expected integers"),
+        (replaced("token", np.array(3)), r"'token' is int64 \[\], expected integers \[1\]"),
         (replaced("dataset", np.zeros(2)), "'dataset' is float64 .*expected text"),
         (replaced("n_experts", np.array(64)), "n_experts is 64, gpt-oss-20b has 32"),
     ],
@@ -272,7 +279,13 @@ def test_each_turn_is_a_request(tmp_path: Path) -> None:
     assert arrays["row"].tolist() == [0, 1, 2, 0, 0] * 2
     assert arrays["position"].tolist() == [0, 1, 2, 3, 4] * 2
     assert arrays["phase"].tolist() == [0, 0, 0, 1, 1] * 2
-    assert (arrays["experts"][:, LAYERS - 1, 0] < 0).tolist() == [True, True, False, False, False] * 2
+    assert (arrays["experts"][:, LAYERS - 1, 0] < 0).tolist() == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ] * 2
 
 
 def test_sizes_of_the_public_model_where_the_log_has_none(tmp_path: Path) -> None:
@@ -286,7 +299,7 @@ def test_sizes_of_the_public_model_where_the_log_has_none(tmp_path: Path) -> Non
 
 def access_line(line: int, **fields: Any) -> Callable[[list[str]], None]:
     """Change fields of an access, counted from 0."""
-    names = "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes".split(",")
+    names = log_lines()[HEADER_LINES - 1].split(",")
 
     def change(lines: list[str]) -> None:
         values = lines[HEADER_LINES + line].split(",")
@@ -317,7 +330,11 @@ LAST = HEADER_LINES + ACCESSES
     ("change", "line", "message"),
     [
         (lambda lines: lines.pop(0), 1, "the header '# route_trace v1' is missing"),
-        (lambda lines: lines.__delitem__(slice(1, None)), 1, "the header '# route_trace v1' is missing"),
+        (
+            lambda lines: lines.__delitem__(slice(1, None)),
+            1,
+            "the header '# route_trace v1' is missing",
+        ),
         (header("n_expert_used=2", ""), 2, "expected '# model="),
         (header("n_expert_used=2", "n_expert_used=0"), 2, r"n_expert_used=0 is outside \[1, 128\]"),
         (header("n_expert=128", "n_expert=64"), 2, "n_expert=64, but qwen3-30b-a3b has 48 and 128"),

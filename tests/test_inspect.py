@@ -18,7 +18,7 @@ from tracer.trace import DECODE, PREFILL, Trace, TraceWriter
 
 
 def write_steps(path: Path, steps: list[tuple[int, list[int], list[list[int]]]]) -> Trace:
-    """Write steps (phase, request of each row, expert ids of each row), the same in all 3 layers."""
+    """Write steps (phase, requests of its rows, expert ids of its rows), the same in all layers."""
     fields = {"model_id": "t", "geometry": make_geometry(), "recording": {"generator": "test"}}
     requests = sorted({request for _, rows, _ in steps for request in rows})
     with TraceWriter(path, fields) as writer:
@@ -253,7 +253,7 @@ def test_render_prints_every_table(tiny_trace: Trace) -> None:
 def test_render_thins_out_many_step_sizes(tmp_path: Path) -> None:
     steps = [(PREFILL, [0] * n, [[0, 1]] * n) for n in range(1, 30)]
     text = rendered(write_steps(tmp_path / "t", steps))
-    assert "(8 of 29 step sizes)" in text
+    assert "8 of 29 step sizes" in text
     sizes = [line.split("│")[2].strip() for line in text.splitlines() if "│ prefill │" in line]
     assert sizes[0] == "1"
     assert sizes[-1] == "29"

@@ -401,7 +401,7 @@ def test_the_samples_model_routes_and_draws_as_shipped(shared):
     assert tokenizer(json.loads(prompt)["text"]).input_ids == tokens[:length]
     experts = stitched(steps)["experts"]
     same = (experts[..., :, None] == rows["experts"][own][..., None, :]).any(-1)
-    assert same.mean() >= 0.98
+    assert (print("AGREE", same.mean(), np.mean(np.array(drawn[:-1]) == tokens[length:])), same.mean() >= 0.98)[1]
     assert np.mean(np.array(drawn[:-1]) == tokens[length:]) >= 0.9
 
 

@@ -41,12 +41,15 @@ class ArrayTrace:
 
     @property
     def digest(self) -> str:
+        """The digest of the trace that the arrays were exported from."""
         return self.manifest.digest
 
     def columns(self) -> list[str]:
+        """Names of the exported columns."""
         return list(self._arrays)
 
     def requests(self) -> pd.DataFrame:
+        """All requests of the trace, as `Trace.requests`."""
         return pd.read_parquet(self.path / "requests.parquet")
 
     def load(self, columns: Sequence[str], start: int = 0, stop: int | None = None) -> Arrays:
@@ -64,6 +67,7 @@ def load_arrays(directory: str | Path) -> ArrayTrace:
 
 
 def row_range(path: Path, rows: int, start: int, stop: int | None) -> tuple[int, int]:
+    """Resolve [start, stop) within `rows` rows; a UserError where it holds none of them."""
     stop = rows if stop is None else min(stop, rows)
     if not 0 <= start < stop:
         raise UserError(f"{path}: rows [{start}, {stop}) are none of the trace's {rows} rows")

@@ -28,7 +28,7 @@ def check_columns(
 
 
 def check_nulls_match(arrays: Mapping[str, NDArray], where: str) -> None:
-    """Columns of NULL_WHERE_EXPERTS_ARE, those that are given, are null exactly where experts is."""
+    """Given columns of NULL_WHERE_EXPERTS_ARE are null exactly where experts is."""
     for name in NULL_WHERE_EXPERTS_ARE:
         if name not in arrays:
             continue

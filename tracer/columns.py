@@ -87,6 +87,7 @@ class ColumnSpec:
 
     @property
     def width(self) -> int:
+        """Values in a row."""
         return math.prod(self.shape)
 
     def info(self, encoding: str) -> ColumnInfo:

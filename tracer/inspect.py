@@ -342,9 +342,9 @@ def _reuse_table(reuse: pd.DataFrame, by_layer: pd.DataFrame) -> Table:
 def _distinct_table(distinct: pd.DataFrame) -> Table:
     shown = _spread(distinct)
     title = "Distinct experts a layer and step"
-    if len(shown) < len(distinct):
-        title += f" ({len(shown)} of {len(distinct)} step sizes)"
     table = _table(title, "phase", "tokens", "steps", "distinct", "if uniform")
+    if len(shown) < len(distinct):
+        table.caption = f"{len(shown)} of {len(distinct)} step sizes"
     for row in shown.itertuples():
         values = (f"{row.tokens:,}", f"{row.steps:,}", f"{row.distinct:.2f}", f"{row.uniform:.2f}")
         table.add_row(str(row.phase), *values)

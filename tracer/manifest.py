@@ -81,6 +81,8 @@ class Shard(_Record):
 
 
 class RequestsFile(_Record):
+    """requests.parquet of a complete trace."""
+
     file: str = Field(pattern=r"^requests\.parquet$")
     rows: int = Field(gt=0)
     sha256: str = Field(pattern=_SHA256)
@@ -132,6 +134,7 @@ class Manifest(_Record):
         return [shard for shard in self.shards if shard.column == column]
 
     def shard_rows(self, column: str) -> list[int]:
+        """Rows of each shard of one column group."""
         return [shard.rows for shard in self.shards_of(column)]
 
     @property
@@ -202,6 +205,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def sha256_of(data: bytes) -> str:
+    """SHA-256 as 64 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 

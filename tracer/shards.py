@@ -27,6 +27,7 @@ def write_shard(
     infos: Mapping[str, ColumnInfo],
     geometry: Geometry,
 ) -> Shard:
+    """Write shard `index` of a column group, rows [n, *shape] by column; return its entry."""
     arrays = {}
     for name, values in block.items():
         spec, encoding = column_spec(name, geometry), infos[name].encoding
@@ -40,6 +41,10 @@ def write_shard(
 
 
 def parquet_bytes(table: pa.Table, dictionary: list[str]) -> bytes:
+    """Encode a table; columns named in `dictionary` by dictionary.
+
+    Byte-stream-split and zstd make lists of ids and reals smaller than dictionaries do.
+    """
     encodings = {}
     for field in table.schema:
         if field.name in SCALARS:
@@ -60,6 +65,11 @@ def parquet_bytes(table: pa.Table, dictionary: list[str]) -> bytes:
 
 
 def read_table(path: Path, sha256: str, rows: int, columns: list[str] | None) -> pa.Table:
+    """Read columns (None: all) of a Parquet file.
+
+    Raises UserError where the file is missing, has another digest or number of rows than listed,
+    or lacks a column.
+    """
     if not path.is_file():
         raise UserError(f"{path}: missing, but listed in manifest.json; restore it")
     data = path.read_bytes()

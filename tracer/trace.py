@@ -83,6 +83,7 @@ class Trace:
 
     @property
     def digest(self) -> str:
+        """SHA-256 over the geometry and the digests of all listed files."""
         return self.manifest.digest
 
     def columns(self) -> list[str]:

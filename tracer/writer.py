@@ -181,7 +181,9 @@ class TraceWriter:
         listed = set(table["request"].to_pylist())
         missing = sorted(set(self._requests) - listed)
         if missing:
-            raise UserError(f"{self.path}: requests: request {missing[0]} has rows but no entry; add it")
+            raise UserError(
+                f"{self.path}: requests: request {missing[0]} has rows but no entry; add it"
+            )
 
     def _as_block(self, columns: Mapping[str, ArrayLike]) -> Block:
         if not self._specs:

@@ -1,0 +1,1 @@
+"""Slow, independent implementations that the project's own are checked against."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import takewhile
 from typing import Any
 
 import simpy
@@ -181,7 +182,7 @@ class PlainModel:
         self.env.run(until=self.env.process(self._host()))
         result = self.result
         result.link_busy_ns = sum(end - start for start, end in self.link.busy)
-        result.tally = self.core.tally
+        result.tally = self.core.finish()
         return result
 
     # ------------------------------------------------------------------ host
@@ -271,12 +272,11 @@ class PlainModel:
         state = self.core.memory.state
         rest = list(order)
         while rest:
-            group = []
-            while rest and state[rest[0]] == RESIDENT:
-                group.append(rest.pop(0))
+            group = list(takewhile(lambda key: state[key] == RESIDENT, rest))
+            del rest[: len(group)]
             if group:
                 yield from self._launch(group, layer, tokens)
-            else:
+            if rest:
                 yield from self._spin_for_landing(lambda: state[rest[0]] == RESIDENT)
 
     def _launch(self, group: Iterable[int], layer: int, tokens: dict[int, int]) -> Steps:

@@ -71,7 +71,7 @@ def _read(src: Path) -> Arrays:
 
 
 def _check_shapes(src: Path, arrays: Arrays, geometry: Geometry) -> None:
-    rows, requests = len(arrays["token"]), len(arrays["prompt_len"])
+    rows, requests = arrays["token"].size, arrays["prompt_len"].size
     ids = (rows, geometry.num_moe_layers, geometry.top_k)
     expected: dict[str, tuple[str, tuple[int, ...]]] = {
         "token": ("iu", (rows,)),
