@@ -17,8 +17,8 @@ from configs.units import format_bytes
 from policies.errors import PolicyError
 
 app = typer.Typer(
-    help="Which expert caching and prefetching policy, at which GPU memory budget, over which link, "
-    "gives which latency.",
+    help="Which expert caching and prefetching policy, at which GPU memory budget, over which "
+    "link, gives which latency.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -348,7 +348,7 @@ def _progress() -> Progress:
 def plot_command(
     directory: Annotated[Path, typer.Argument(help="Results of a sweep.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Where to draw; the results' directory if not given.")
+        Path | None, typer.Option("--out", help="Where to draw, if not in DIRECTORY.")
     ] = None,
 ) -> None:
     """Draw a sweep: Pareto front, hit rates, where the time goes.
@@ -356,6 +356,7 @@ def plot_command(
     Example: moesim plot out/demo
     """
     from sim.plots import draw_breakdown, draw_hits, draw_pareto
+
     from sim.sweep import read_results
 
     frame = read_results(directory)

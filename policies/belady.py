@@ -130,9 +130,7 @@ class BeladyBypass(_Future):
             admitted.add(key)
         return set(misses) - admitted
 
-    def adopt(
-        self, layer: int, staged: Keys, coming: Collection[int]
-    ) -> Iterable[tuple[int, int]]:
+    def adopt(self, layer: int, staged: Keys, coming: Collection[int]) -> Iterable[tuple[int, int]]:
         """Staged experts nearer than residents (members of the event included) take their slots."""
         pool = self.core.plan.pool_of_layer[layer]
         ranked = sorted(staged, key=lambda key: (self.next_use[key], key))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from policies.errors import PolicyError
+from policies.errors import BudgetTooSmall, PolicyError
 from policies.interface import Shape
 
 
@@ -63,10 +63,7 @@ def plan_memory(
     at_least = wanted if staging_slots is not None else min(wanted, 1)
     smallest = smallest_budget(shape, scope, 0 if scope == "staging" else at_least)
     if budget_bytes < smallest:
-        raise PolicyError(
-            f"the expert budget of {budget_bytes} bytes is too small: the smallest that can run is "
-            f"{smallest} bytes ({_explain(shape, scope, at_least)})"
-        )
+        raise BudgetTooSmall(budget_bytes, smallest, _explain(shape, scope, at_least))
     if scope == "staging":
         return _staging_only(shape, budget_bytes)
     largest = max(shape.bytes_by_layer)

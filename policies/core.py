@@ -71,7 +71,7 @@ class DecisionCore:
     ) -> None:
         options = options or Options()
         if options.order not in ORDERS:
-            raise PolicyError(f"order '{options.order}' is unknown: choose one of {', '.join(ORDERS)}")
+            raise PolicyError(f"order '{options.order}' is unknown: choose {', '.join(ORDERS)}")
         if options.chunks < 1:
             raise PolicyError(f"chunks is {options.chunks}: give at least 1")
         self.shape = shape
@@ -306,7 +306,7 @@ class DecisionCore:
         return None
 
     def chunk_done(self, copy: Copy) -> bool:
-        """A chunk has landed. True: the expert is complete and the event in progress waits for it."""
+        """A chunk has landed. True: it completes an expert that the event in progress awaits."""
         copy.landed += 1
         tally = self.tally
         tally.chunks += 1
@@ -500,7 +500,7 @@ class DecisionCore:
         return True
 
     def _stalled(self, pool: int, barred: Collection[int]) -> int | None:
-        """A prefetch that holds a slot of ``pool``, has no chunk in flight and is not needed now."""
+        """A half-copied prefetch of ``pool`` with no chunk in flight, not needed now."""
         for copy in (*self.parked.values(), *self.queue.low):
             idle = copy.sent and copy.sent == copy.landed
             if idle and copy.key not in barred and self.memory.pool_of[copy.key] == pool:

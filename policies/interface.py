@@ -22,7 +22,7 @@ Keys = Sequence[int]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes that every part needs: MoE layers, experts a layer, top-k, bytes of one expert by layer.
+    """Sizes that every part needs: MoE layers, experts a layer, top-k, an expert's bytes by layer.
 
     ``low_bytes_by_layer``: bytes of the low-bit copy of an expert for lossy mixed-precision
     policies; empty where experts exist at one precision only.
@@ -86,16 +86,14 @@ class CacheRule:
         """A prefetcher named these resident experts; recency rules may touch them."""
 
     def victim(self, pool: int, barred: Collection[int]) -> int | None:
-        """The resident key of ``pool``, not in ``barred``, that should leave; None: there is none."""
+        """The resident key of ``pool``, not in ``barred``, that should leave; None: no such key."""
         raise NotImplementedError
 
     def refused(self, layer: int, keys: Keys, misses: Keys) -> Collection[int]:
         """Those of ``misses`` that may not enter the cache: they go through staging slots."""
         return ()
 
-    def adopt(
-        self, layer: int, staged: Keys, coming: Collection[int]
-    ) -> Iterable[tuple[int, int]]:
+    def adopt(self, layer: int, staged: Keys, coming: Collection[int]) -> Iterable[tuple[int, int]]:
         """(staged key, resident key) pairs to swap once a wave is computed: no copy is needed.
 
         ``coming``: members of the event's later waves, which must stay.
@@ -175,12 +173,27 @@ class MissRule:
 class EventTable(Protocol):
     """Keys of every event: what :class:`tracer.workload.Ragged` offers."""
 
-    keys: Any
-    offsets: Any
-    layers: int
+    @property
+    def keys(self) -> Any:
+        """Keys of all events, concatenated."""
+        ...
+
+    @property
+    def offsets(self) -> Any:
+        """Where each event's keys begin and, last, where they end: int [events + 1]."""
+        ...
+
+    @property
+    def layers(self) -> int:
+        """Events a step."""
+        ...
 
     def step(self, step: int) -> list[list[int]]:
         """Keys of each layer's event in a step."""
+        ...
+
+    def with_entries(self, keys: Any, offsets: Any) -> EventTable:
+        """Other entries for the same events."""
         ...
 
     def __len__(self) -> int: ...

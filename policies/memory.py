@@ -109,4 +109,6 @@ class ExpertMemory:
 
     def occupied_bytes(self) -> int:
         """Bytes of all slots in use, staging included."""
-        return sum(size for size, state in zip(self.bytes_of, self.state, strict=True) if state >= COPYING)
+        return sum(
+            size for size, state in zip(self.bytes_of, self.state, strict=True) if state >= COPYING
+        )

@@ -56,7 +56,7 @@ def _columns(params: Params) -> tuple[str, ...]:
     params={
         "cache": Param(str, "lru", "cache rule beneath", choices=CAUSAL_CACHES),
         "depth": Param(int, 1, "layers ahead", low=1, high=3),
-        "overfetch": Param(float, 1.0, "candidates a token, as a multiple of top-k", low=0.1, high=2),
+        "overfetch": Param(float, 1.0, "candidates a token over top-k", low=0.1, high=2),
     },
     prefetches=True,
     columns=_columns,

@@ -11,7 +11,6 @@ Our readings: depth counts events, so with ``wrap`` the last layers look into th
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,25 +22,6 @@ from policies.registry import Param, Params, register
 
 _CHUNK_EVENTS = 4096
 _CACHES = (*CAUSAL_CACHES, "belady", "belady-global")
-
-
-@dataclass(frozen=True)
-class _Table:
-    """Keys of every event, flat; same layout as the trace's events."""
-
-    keys: Any
-    offsets: Any
-    layers: int
-
-    def step(self, step: int) -> list[list[int]]:
-        lo = step * self.layers
-        bounds = self.offsets[lo : lo + self.layers + 1].tolist()
-        first = bounds[0]
-        flat = self.keys[first : bounds[-1]].tolist()
-        return [flat[a - first : b - first] for a, b in zip(bounds, bounds[1:], strict=False)]
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
 
 
 class OraclePrefetch(Prefetcher):
@@ -81,7 +61,7 @@ class OraclePrefetch(Prefetcher):
         return ()
 
 
-def perturb(events: EventTable, experts: int, accuracy: float, seed: int) -> _Table:
+def perturb(events: EventTable, experts: int, accuracy: float, seed: int) -> EventTable:
     """Each key replaced with probability ``1 - accuracy`` by one its event does not need.
 
     Wrong keys are distinct within an event; where an event needs nearly all experts there may be
@@ -104,7 +84,7 @@ def perturb(events: EventTable, experts: int, accuracy: float, seed: int) -> _Ta
         kept_keys.append(keys)
         kept_sizes.append(size)
     new_offsets = np.concatenate(([0], np.cumsum(np.concatenate(kept_sizes)))).astype(np.int64)
-    return _Table(np.concatenate(kept_keys), new_offsets, events.layers)
+    return events.with_entries(np.concatenate(kept_keys), new_offsets)
 
 
 def _perturb_block(
@@ -136,7 +116,7 @@ _PARAMS = {
 
 def _events(data: PolicyData) -> EventTable:
     if data.events is None:
-        raise PolicyError("oracle prefetch needs the future: only a driver of recorded events has it")
+        raise PolicyError("oracle prefetch needs the future: it runs on recorded events only")
     return data.events
 
 

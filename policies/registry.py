@@ -72,7 +72,7 @@ class Param:
 #: Options that any policy takes beside its own parameters.
 COMMON: dict[str, Param] = {
     "order": Param(
-        str, "cached-first", "execution order inside an event; id and touch are strict", choices=ORDERS
+        str, "cached-first", "execution order in an event; id and touch are strict", choices=ORDERS
     ),
     "chunks": Param(int, 1, "pieces an expert is copied in", low=1, high=64),
     "staging_slots": Param(

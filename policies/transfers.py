@@ -58,7 +58,8 @@ class Copy:
 
     def __repr__(self) -> str:
         level = "HIGH" if self.high else "LOW"
-        return f"Copy(key={self.key}, {level}, {self.landed}/{self.sent}/{self.chunks}, {self.source})"
+        chunks = f"{self.landed}/{self.sent}/{self.chunks}"
+        return f"Copy(key={self.key}, {level}, {chunks}, {self.source})"
 
 
 def _low_order(copy: Copy) -> tuple[float, int]:
@@ -66,7 +67,7 @@ def _low_order(copy: Copy) -> tuple[float, int]:
 
 
 def split_chunks(nbytes: int, chunks: int) -> tuple[int, ...]:
-    """Bytes of each of ``chunks`` nearly equal pieces, larger ones first; they sum to ``nbytes``."""
+    """Sizes of ``chunks`` nearly equal pieces of ``nbytes``, larger ones first."""
     piece, rest = divmod(nbytes, chunks)
     return tuple(piece + (index < rest) for index in range(chunks))
 

@@ -118,7 +118,7 @@ class Inputs:
         return known
 
     def popularity(self) -> Any:
-        """Events that needed each expert, int [L, E], on the requests set aside; None if none are."""
+        """Events that needed each expert, int [L, E], on the requests set aside; None: none are."""
         if not self.fitted_on:
             return None
         if self._popularity is None:

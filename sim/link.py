@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections import deque
 from typing import Protocol
 
-import simpy
 from simpy.events import URGENT, Event
 
 from policies.transfers import Copy
+from sim.clock import Clock
 from sim.timing import LinkCosts
 
 _PPM = 1_000_000
@@ -41,7 +41,7 @@ class Link:
 
     def __init__(
         self,
-        env: simpy.Environment,
+        env: Clock,
         source: ChunkSource,
         costs: LinkCosts,
         window: int,

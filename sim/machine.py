@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
-import simpy
 from simpy.events import Event
 
 from policies.core import DecisionCore, Wave
 from policies.interface import Prediction
 from policies.memory import RESIDENT
 from policies.transfers import Copy
+from sim.clock import Clock
 from sim.gpu import EXPERTS, HEAD, SEGMENT, GpuStream
 from sim.link import Link
 from sim.timing import Timing
@@ -50,7 +50,7 @@ class Machine:
     def __init__(
         self, workload: Workload, core: DecisionCore, timing: Timing, *, window: int = 2
     ) -> None:
-        self.env = simpy.Environment()
+        self.env = Clock()
         self.workload = workload
         self.core = core
         self.timing = timing
@@ -194,9 +194,7 @@ class Machine:
             now = yield from self._join_cpu(cpu_end, now)
         return now
 
-    def _launch(
-        self, layer: int, group: Any, tokens: dict[int, int] | None, now: int
-    ) -> int:
+    def _launch(self, layer: int, group: Any, tokens: dict[int, int] | None, now: int) -> int:
         size = len(group)
         assigned = size if tokens is None else sum(tokens.get(key, 1) for key in group)
         cost = self._experts_ns.get((layer, size, assigned))
@@ -331,13 +329,11 @@ class Machine:
         event.callbacks.append(self._predicted)
 
     def _predicted(self, event: Event) -> None:
-        self._due.append(event.value)
+        self._due.append(cast(Prediction, event.value))
         if self.link.spinning:
             self._poll(self.env._now)
 
-    def _start_cpu(
-        self, layer: int, wave: Wave, tokens: dict[int, int] | None, now: int
-    ) -> int:
+    def _start_cpu(self, layer: int, wave: Wave, tokens: dict[int, int] | None, now: int) -> int:
         """The CPU workers take their experts; returns when the result is back."""
         size = len(wave.cpu)
         assigned = size if tokens is None else sum(tokens.get(key, 1) for key in wave.cpu)

@@ -21,7 +21,12 @@ def summary(values_ms: npt.NDArray[np.float64]) -> Summary:
     if len(values_ms) == 0:
         return {"mean": None, "p50": None, "p90": None, "p99": None}
     p50, p90, p99 = np.percentile(values_ms, [50, 90, 99])
-    return {"mean": float(values_ms.mean()), "p50": float(p50), "p90": float(p90), "p99": float(p99)}
+    return {
+        "mean": float(values_ms.mean()),
+        "p50": float(p50),
+        "p90": float(p90),
+        "p99": float(p99),
+    }
 
 
 def latencies(workload: Workload, times: StepTimes) -> dict[str, Summary]:
@@ -69,9 +74,7 @@ def _request_steps(workload: Workload) -> tuple[npt.NDArray[Any], npt.NDArray[An
 
 def counts(tally: Tally, phase: str) -> dict[str, Any]:
     """Hits, late and missed accesses of one phase, in all and by cold and steady stage."""
-    stages = {
-        stage: counters for (own, stage), counters in tally.buckets.items() if own == phase
-    }
+    stages = {stage: counters for (own, stage), counters in tally.buckets.items() if own == phase}
     total = Counters()
     for counters in stages.values():
         for field in fields(Counters):
@@ -101,11 +104,11 @@ def _counts(counters: Counters) -> dict[str, Any]:
 
 
 def breakdown_ms(workload: Workload, times: StepTimes) -> dict[str, float | None]:
-    """Mean time of a decode step (prefill steps left out) by where it went; parts sum to the step."""
+    """Mean time of a decode step by where it went; the parts sum to the step."""
     decode = np.array([step.prefill_tokens == 0 for step in workload.steps()])
     names = ("segments", "experts", "stall_late", "stall_miss", "stall_cpu")
     if not decode.any():
-        return {name: None for name in ("host", *names)}
+        return dict.fromkeys(("host", *names))
     step_ns = np.array(times.end, np.int64) - np.array(times.begin, np.int64)
     parts = {name: np.array(getattr(times, name), np.int64) for name in names}
     host = step_ns - sum(parts.values())

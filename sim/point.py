@@ -14,9 +14,10 @@ import policies
 from configs.errors import UserError
 from configs.geometry import EXPERT_DTYPE_BITS, Geometry, load_geometry
 from configs.hardware import Hardware, load_hardware
-from configs.units import parse_rate
+from configs.units import format_bytes, parse_rate
 from policies.capacity import MemoryPlan, plan_memory
 from policies.core import DecisionCore
+from policies.errors import BudgetTooSmall
 from policies.interface import Options, Policy, PolicyData, Shape
 from policies.registry import PolicyInfo
 from sim.budget import MemoryBudget, describe, resolve
@@ -32,7 +33,7 @@ class Point(BaseModel):
     """Everything that decides a point's result, beside the trace.
 
     ``budget``: GPU memory for the whole model, such as ``8GiB``; or ``expert_budget``: the slots
-    alone, ``4000MiB``, ``25%`` or ``8/layer``. ``link``: overrides the hardware's rate (``25GB/s``).
+    alone, ``4000MiB``, ``25%`` or ``8/layer``. ``link``: another link rate (``25GB/s``).
     ``geometry``: a model of ``configs/models`` to time instead of the trace's own. ``window``:
     chunks handed to the hardware at a time. ``fit_share``: share of the requests that fitted
     policies learn from (None: 0.3 for them, 0 for others).
@@ -184,10 +185,14 @@ def _plan(
             staging_slots=options.staging_slots,
             needs_staging=policy.cache.may_refuse,
         )
-    except policies.PolicyError as error:
+    except BudgetTooSmall as error:
         if point.budget is None:
             raise
-        raise UserError(f"budget {point.budget}: {error}; beside it {describe(memory)}") from None
+        smallest = memory.fixed_bytes + error.smallest_bytes
+        raise UserError(
+            f"budget {point.budget} is too small: the smallest that can run is {smallest} bytes "
+            f"({describe(memory)}, {format_bytes(error.smallest_bytes)} of experts: {error.why})"
+        ) from None
 
 
 def _configuration(

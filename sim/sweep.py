@@ -40,7 +40,7 @@ Scalar = str | int | float | bool
 
 
 class PolicyChoice(BaseModel):
-    """A policy with parameters, as a sweep lists it: a bare name, or ``{name: ..., set: {...}}``."""
+    """A policy of a sweep: a bare name, or ``{name: ..., set: {...}}``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -182,7 +182,9 @@ def read_results(directory: str | Path) -> pd.DataFrame:
     """The table of a finished sweep."""
     path = Path(directory) / PARQUET_FILE
     if not path.is_file():
-        raise UserError(f"{path} is not there: run `moesim sweep CONFIG --out {directory}` to the end")
+        raise UserError(
+            f"{path} is not there: run `moesim sweep CONFIG --out {directory}` to the end"
+        )
     return pd.read_parquet(path)
 
 

@@ -121,7 +121,7 @@ class RooflineTiming(Timing):
         return max(ceil(memory), ceil(compute), floor_ns)
 
     def segment_ns(self, layer: int, tokens: int, requests: int, kv_tokens: int) -> int:
-        """Weights and the whole KV capacity are read; attention costs 4 flops a pair and channel."""
+        """Weights and the whole KV capacity are read; attention: 4 flops a pair and channel."""
         geometry = self._geometry
         kv_bytes = geometry.kv_bytes_per_token * kv_tokens * requests // geometry.num_layers
         nbytes = geometry.segment_bytes_by_layer[layer] + kv_bytes

@@ -1,9 +1,9 @@
 """Drivers without a clock: they feed events to a decision core and let its copies land.
 
-:func:`run_instant` lands every copy at once, demand before prefetch. :func:`run_random` hands chunks
-over through a submission window and lets a random number of them land between events, predictions
-arriving late; a wave still waits for all of its experts. Both fail when a wave can never complete
-or when something is executed that is not resident.
+:func:`run_instant` lands every copy at once, demand before prefetch. :func:`run_random` hands
+chunks over through a submission window and lets a random number of them land between events,
+predictions arriving late; a wave still waits for all of its experts. Both fail when a wave can
+never complete or when something is executed that is not resident.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EXPERT_BYTES = 12
 
 @dataclass(frozen=True)
 class Launch:
-    """One wave as it was executed: `ready` at once, `landed` in order of arrival, `cpu` elsewhere."""
+    """One wave as it was executed: `ready` at once, `landed` as they arrived, `cpu` elsewhere."""
 
     step: int
     layer: int
@@ -279,12 +279,12 @@ def make_core(
     budget: int | None = None,
     plan: MemoryPlan | None = None,
     log: Log | None = None,
-    **given: object,
+    **given: Any,
 ) -> DecisionCore:
     """Core of policy `name`.
 
-    Memory is one of `slots` (so many of the largest experts, staging included), `budget` (bytes) and
-    `plan`. `given`: the policy's parameters and the common options.
+    Memory is one of `slots` (so many of the largest experts, staging included), `budget` (bytes)
+    and `plan`. `given`: the policy's parameters and the common options.
     """
     info = policies.get(name)
     values, options = info.parse(given)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ class Ragged:
         offsets = self.offsets[lo : lo + self.layers + 1].tolist()
         first = offsets[0]
         flat = self.keys[first : offsets[-1]].tolist()
-        return [flat[a - first : b - first] for a, b in zip(offsets, offsets[1:], strict=False)]
+        return [flat[a - first : b - first] for a, b in pairwise(offsets)]
 
     def step_counts(self, step: int) -> list[list[int]]:
         """Token assignments of each entry of :meth:`step`, same shape."""
@@ -53,7 +54,11 @@ class Ragged:
         offsets = self.offsets[lo : lo + self.layers + 1].tolist()
         first = offsets[0]
         flat = self.counts[first : offsets[-1]].tolist()
-        return [flat[a - first : b - first] for a, b in zip(offsets, offsets[1:], strict=False)]
+        return [flat[a - first : b - first] for a, b in pairwise(offsets)]
+
+    def with_entries(self, keys: IntArray, offsets: IntArray) -> Ragged:
+        """Other keys for the same events, one token assignment each."""
+        return Ragged(keys, offsets, np.ones(len(keys), np.int32), self.layers)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -87,8 +92,8 @@ def distinct(
     real engine's log to the last access; ``first-use`` and ``id`` are the alternatives.
     """
     if order not in TOUCH_ORDERS:
-        raise UserError(f"touch order '{order}' is unknown: choose one of {', '.join(TOUCH_ORDERS)}")
-    rows, layers, width = experts.shape
+        raise UserError(f"touch order '{order}' is unknown: choose {', '.join(TOUCH_ORDERS)}")
+    rows, layers, _ = experts.shape
     starts = np.searchsorted(step_of_row, np.arange(steps + 1))
     if rows == steps and order != "id" and bool((np.diff(starts) == 1).all()):
         return _one_row_a_step(experts, num_experts)
@@ -113,7 +118,7 @@ def _key_dtype(size: int) -> Any:
 
 def _one_row_a_step(experts: IntArray, num_experts: int) -> Ragged:
     """Single-token steps: ids are distinct already, and last use is the rank order."""
-    rows, layers, width = experts.shape
+    _, layers, width = experts.shape
     ran = experts[:, :, 0] >= 0
     base = (np.arange(layers) * num_experts).astype(np.int32)
     keys = (experts + base[None, :, None])[ran].reshape(-1)
@@ -162,7 +167,7 @@ def _join(
 
 
 def next_use(events: Ragged) -> IntArray:
-    """Index of the event that needs each entry's expert next, int32 [entries]; none: ``len(events)``.
+    """Index of the event that next needs each entry's expert, int32 [entries]; ``len``: none.
 
     Only policies that declare themselves oracles are given this.
     """
@@ -212,7 +217,7 @@ class Workload:
         self.request_of_row = columns["request"][keep]
         self.experts = columns["experts"][keep]
         if len(self.experts) == 0:
-            raise UserError("no token is left to simulate: the trace or the chosen requests are empty")
+            raise UserError("no token is left to simulate: no row belongs to the chosen requests")
         self.num_layers: int = self.experts.shape[1]
         self.top_k: int = self.experts.shape[2]
         self.num_experts = num_experts
@@ -276,8 +281,8 @@ class Workload:
         columns = self.column(name)
         if width > columns.shape[2]:
             raise UserError(
-                f"column {name} holds {columns.shape[2]} candidates a token, {width} were asked for: "
-                "lower overfetch, or record more"
+                f"column {name} holds {columns.shape[2]} candidates a token, {width} were asked "
+                "for: lower overfetch, or record more"
             )
         return distinct(
             columns[:, :, :width], self.step_of_row, self.num_steps, self.num_experts, "first-use"
@@ -297,14 +302,14 @@ class Workload:
         position = self.position_of_row.tolist()
         last_step: dict[int, int] = {}
         members: list[tuple[int, ...]] = []
-        for index, (lo, hi) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for index, (lo, hi) in enumerate(pairwise(bounds)):
             present = (request[lo],) if hi - lo == 1 else tuple(dict.fromkeys(request[lo:hi]))
             members.append(present)
             for name in present:
                 last_step[name] = index
         seen: set[int] = set()
         steps = []
-        for index, (lo, hi) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for index, (lo, hi) in enumerate(pairwise(bounds)):
             present = members[index]
             begins = tuple(name for name in present if name not in seen)
             seen.update(begins)
@@ -318,7 +323,5 @@ class Workload:
 
 def popularity(workload: Workload) -> IntArray:
     """How many events needed each expert, int64 [layers, E]: what static placement is fitted on."""
-    counts = np.bincount(
-        workload.events.keys, minlength=workload.num_layers * workload.num_experts
-    )
+    counts = np.bincount(workload.events.keys, minlength=workload.num_layers * workload.num_experts)
     return counts.reshape(workload.num_layers, workload.num_experts)

@@ -16,7 +16,7 @@ Event = tuple[int, int, Sequence[int]]
 NEVER = 1 << 60
 
 
-@dataclass
+@dataclass(slots=True)
 class Outcome:
     """What one event found and whom it threw out, in the order of leaving."""
 
@@ -36,11 +36,11 @@ class Pool:
     used: int = 0
 
     def enter(
-        self, key: int, size: int, wave: Sequence[int], worst: Callable[[Collection[int]], int]
+        self, key: int, size: int, wave: Collection[int], worst: Callable[[Collection[int]], int]
     ) -> Iterator[int]:
         """Let `key` in; yields whom it throws out, never a member of `wave`."""
         while self.used + size > self.capacity:
-            leaver = worst([other for other in self.held if other not in wave])
+            leaver = worst(self.held.keys() - wave)
             self.used -= self.held.pop(leaver)
             yield leaver
         self.held[key] = size

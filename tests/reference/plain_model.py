@@ -343,26 +343,28 @@ class PlainModel:
         dry_since = self.gpu.ran_dry_by(until)
         return 0 if dry_since is None else until - max(began, dry_since)
 
+    def _refill(self) -> list[tuple[Copy, int, Event]]:
+        """Chunks for the free places, all named at this instant; each holds its place at once."""
+        named = []
+        for _ in range(self.link.free_places()):
+            chunk = self.core.next_chunk()
+            if chunk is None:
+                break
+            named.append((*chunk, self.link.take_place(chunk[0])))
+        return named
+
     def _refill_before_launch(self) -> Steps:
         """The refill after a decision: the host does nothing else until all is handed over."""
-        for _ in range(self.link.free_places()):
-            named = self.core.next_chunk()
-            if named is None:
-                return
-            place = self.link.take_place(named[0])
+        for chunk in self._refill():
             yield self._host_event(self.timing.host.copy_issue_ns)
-            self.env.process(self.link.carry(*named, place))
+            self.env.process(self.link.carry(*chunk))
 
     def _refill_while_spinning(self) -> list[Event]:
-        """Chunks are named now and handed over one by one, after those already being so."""
-        handing: list[Event] = []
-        for _ in range(self.link.free_places()):
-            named = self.core.next_chunk()
-            if named is None:
-                break
-            place = self.link.take_place(named[0])
-            handing.append(self.env.process(self._hand_over(*named, place, self.hands.request())))
-        return handing
+        """Chunks are handed over one by one, after those already being so, while polling goes on."""
+        return [
+            self.env.process(self._hand_over(*chunk, self.hands.request()))
+            for chunk in self._refill()
+        ]
 
     def _hand_over(self, copy: Copy, nbytes: int, place: Event, turn: Event) -> Steps:
         yield turn

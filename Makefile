@@ -1,0 +1,43 @@
+# make demo   the main job on the shipped trace (no torch)
+# make test   lint, types and tests (installs torch and transformers)
+# make bench  speed, beside a plain SimPy model of the same system
+PYTHON ?= python3
+JOBS ?= 2
+DEMO ?= demo-out
+BIN = .venv/bin
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test bench lint clean install
+
+install: .venv/.light
+
+.venv/.light: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moesim needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) -e .
+	touch $@
+
+# torch by its pinned version first: the constraint chooses the build that was tested.
+.venv/.full: .venv/.light
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[gpu,dev]'
+	touch $@
+
+demo: .venv/.light
+	rm -rf $(DEMO)
+	$(BIN)/moesim sweep demo --out $(DEMO) --jobs $(JOBS)
+	$(BIN)/moesim plot $(DEMO)
+
+lint: .venv/.full
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest -n $(JOBS)
+
+bench: .venv/.full
+	$(BIN)/python -m tests.bench
+
+clean:
+	rm -rf .venv $(DEMO) build *.egg-info
