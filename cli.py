@@ -302,7 +302,7 @@ def sweep_command(
 
     Example: moesim sweep demo --out out/demo --jobs 2
     """
-    from sim.sweep import sweep
+    from sim.sweeps import sweep
 
     with _progress() as bar:
         task = bar.add_task("points", total=None)
@@ -357,7 +357,7 @@ def plot_command(
     """
     from sim.plots import draw_breakdown, draw_hits, draw_pareto
 
-    from sim.sweep import read_results
+    from sim.sweeps import read_results
 
     frame = read_results(directory)
     target = out or directory

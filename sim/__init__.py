@@ -15,7 +15,7 @@ machine    the SimPy model: host thread, GPU stream, copy engine
 link       the copy engine
 gpu        the compute stream
 metrics    latencies, hits, bytes, time by cause
-sweep      many points
+sweeps     many points
 ranking    who wins where, in tables and words
 plots      figures
 =========  ==============================================================
@@ -29,7 +29,7 @@ from typing import Any
 import pandas as pd
 
 from sim.point import Point, inputs_for, run_point
-from sim.sweep import SweepConfig, flatten, load_config, read_results, sweep
+from sim.sweeps import SweepConfig, flatten, load_config, read_results, sweep
 from tracer.trace import Trace
 
 __all__ = [

@@ -11,6 +11,8 @@ from collections import deque
 from sim.link import Link
 
 SEGMENT, EXPERTS, HEAD = 0, 1, 2
+#: the link stays idle until the host acts, which waits for the GPU
+SETTLED = 1 << 62
 _PPM = 1_000_000
 
 

@@ -39,16 +39,15 @@ class TraceSource(Protocol):
 
 
 def set_aside(requests: Sequence[int], share: float) -> list[int]:
-    """The requests that fitted policies learn from: ``share`` of them, evenly spread.
+    """The requests that fitted policies learn from: ``share`` of them (at least one), evenly spread.
 
     Evenly spread rather than the first ones, so that all domains of a trace that is ordered by
     domain are on both sides.
     """
-    picked = []
-    for index, request in enumerate(requests):
-        if int((index + 1) * share + 1e-9) > int(index * share + 1e-9):
-            picked.append(request)
-    return picked
+    if share <= 0:
+        return []
+    count = max(1, int(len(requests) * share + 1e-9))
+    return [requests[(2 * index + 1) * len(requests) // (2 * count)] for index in range(count)]
 
 
 class Inputs:

@@ -19,7 +19,7 @@ from policies.interface import Prediction
 from policies.memory import RESIDENT
 from policies.transfers import Copy
 from sim.clock import Clock
-from sim.gpu import EXPERTS, HEAD, SEGMENT, GpuStream
+from sim.gpu import EXPERTS, HEAD, SEGMENT, SETTLED, GpuStream
 from sim.link import Link
 from sim.timing import Timing
 from tracer.workload import Step, Workload
@@ -131,7 +131,7 @@ class Machine:
             now += host.segment_launch_ns
             gpu.submit(now, segments[layer], slowdown, SEGMENT)
             if link.current is None and not self._unsettled and not self._queue.ready:
-                now = gpu.end(now) + host.readback_ns
+                now = gpu.end(SETTLED) + host.readback_ns
             else:
                 now = yield from self._spin_for_gpu(now)
             if previous >= 0:
@@ -305,7 +305,7 @@ class Machine:
             yield env.timeout(now - env._now)
         self._poll(now)
         if link.current is None and not self._unsettled:
-            return max(gpu.end(now) + readback, link.host_free)
+            return max(gpu.end(SETTLED) + readback, link.host_free)
         link.spinning = True
         while True:
             done = gpu.end(link.known_until(env._now)) + readback

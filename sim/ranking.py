@@ -540,8 +540,8 @@ def _one_winner(winner: Winner) -> str:
     else:
         where = f"from {winner.from_budget} up to {winner.to_budget}"
         cost = (
-            f"{_figure(winner.slowest_ms)} to {_ms(winner.fastest_ms)}, "
-            f"{_gib_figure(winner.least_gpu_bytes)} to {_gib(winner.most_gpu_bytes)}"
+            f"{three_figures(winner.slowest_ms)} to {_ms(winner.fastest_ms)}, "
+            f"{_gibthree_figures(winner.least_gpu_bytes)} to {_gib(winner.most_gpu_bytes)}"
         )
     return f"{winner.policy} {where} ({cost}{ties})"
 
@@ -554,8 +554,8 @@ def _listed(names: Sequence[str], most: int = 3) -> str:
 
 
 _VERDICT_WORDS = {
-    "policy": "Policy-limited {where}: the best bound ({bound}) takes {saves} less time in the same "
-    "memory, so a better policy would help{caveat}.",
+    "policy": "Policy-limited {where}: the best bound ({bound}) takes {saves} less time in the "
+    "same memory, so a better policy would help{caveat}.",
     "capacity": "Capacity-limited {where}: even the best bound ({bound}) takes only {saves} less "
     "time in the same memory, so memory or a faster link would help{caveat}.",
     "unknown": "Unknown {where} whether a better policy would help: sweep the bounds beside it, "
@@ -644,7 +644,7 @@ def _misfit_words(points: pd.DataFrame) -> list[str]:
     ]
 
 
-def _figure(value: float) -> str:
+def three_figures(value: float) -> str:
     """Three significant figures, never an exponent: ``49.1``, ``7.59``, ``1234``."""
     if not np.isfinite(value):
         return "-"
@@ -653,15 +653,15 @@ def _figure(value: float) -> str:
 
 
 def _ms(value: float) -> str:
-    return f"{_figure(value)} ms"
+    return f"{three_figures(value)} ms"
 
 
-def _gib_figure(nbytes: float) -> str:
+def _gibthree_figures(nbytes: float) -> str:
     return f"{nbytes / _GIB:.1f}"
 
 
 def _gib(nbytes: float) -> str:
-    return f"{_gib_figure(nbytes)} GiB"
+    return f"{_gibthree_figures(nbytes)} GiB"
 
 
 def _percent(share: float) -> str:
@@ -689,14 +689,14 @@ def render_ranking(console: Console, frame: pd.DataFrame) -> None:
         _say(console, "Time is estimated, not validated: differences under 2 % are ties (=).")
 
 
-def _table(console: Console, title: str, columns: Sequence[str]) -> Table:
+def _table(console: Console, title: str, columns: Sequence[str], gap: int) -> Table:
     table = Table(
         title=title,
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD if console.is_terminal else None,
         pad_edge=False,
-        padding=(0, 1) if console.is_terminal else (0, 1, 0, 0),
+        padding=(0, gap, 0, 0),
         collapse_padding=True,
         caption_justify="left",
     )
@@ -724,7 +724,7 @@ def _say(console: Console, text: str) -> None:
 
 def _winner_table(console: Console, name: str, ranked: pd.DataFrame) -> Table:
     columns = ("budget", "GPU GiB", "fastest", "TPOT ms", "", "runner-up", "TPOT ms", "bound ms")
-    table = _table(console, f"{name}: fastest policy by budget", columns)
+    table = _table(console, f"{name}: fastest policy by budget", columns, gap=2)
     budgets = sorted(ranked["expert_budget_bytes"].unique())
     picked = _spread(budgets, _MOST_ROWS)
     for budget in picked:
@@ -747,16 +747,16 @@ def _winner_row(group: pd.DataFrame) -> list[str]:
     share = str(group["budget"].iloc[0])
     bound_ms = group.loc[group["kind"] == "bound", "tpot_ms"].min()
     if fitting.empty:
-        memory = _gib_figure(group["gpu_memory_bytes"].max())
+        memory = _gibthree_figures(group["gpu_memory_bytes"].max())
         return [share, memory, "none fits" if len(causal) else "none swept", "-", "", "-", "-", "-"]
     first = fitting.iloc[0]
-    memory = _gib_figure(first["gpu_memory_bytes"])
-    row = [share, memory, first["policy"], _figure(first["tpot_ms"])]
+    memory = _gibthree_figures(first["gpu_memory_bytes"])
+    row = [share, memory, first["policy"], three_figures(first["tpot_ms"])]
     if len(fitting) < 2:
-        return [*row, "", "-", "-", _figure(bound_ms)]
+        return [*row, "", "-", "-", three_figures(bound_ms)]
     second = fitting.iloc[1]
     sign = "=" if second["tpot_ms"] <= first["tpot_ms"] * (1 + TIE_MARGIN) else "<"
-    return [*row, sign, second["policy"], _figure(second["tpot_ms"]), _figure(bound_ms)]
+    return [*row, sign, second["policy"], three_figures(second["tpot_ms"]), three_figures(bound_ms)]
 
 
 def _full_table(console: Console, group: pd.DataFrame) -> Table:
@@ -777,7 +777,7 @@ def _full_table(console: Console, group: pd.DataFrame) -> Table:
         "MB/token",
         "TTFT ms",
     )
-    table = _table(console, title, columns)
+    table = _table(console, title, columns, gap=1)
     shown = _shown(group)
     for row in shown.to_dict("records"):
         table.add_row(*_full_row(row), style="dim" if row["kind"] != "causal" else None)
@@ -805,13 +805,13 @@ def _full_row(row: dict[Hashable, Any]) -> list[str]:
     sign = "=" if row["tie"] and row["place"] > 1 else ""
     return [
         escape(row["policy"]),
-        _figure(row["tpot_ms"]),
+        three_figures(row["tpot_ms"]),
         sign if row["kind"] == "causal" else row["kind"],
         f"{row['times_faster']:.2f}",
         "-" if row["kind"] == "bound" else _percent(row["gap_to_bound"]),
         _percent(row["hit_rate"]),
         _percent(row["late_share"]),
-        _figure(row["stall_ms"]),
-        _figure(row["mb_per_token"]),
-        _figure(row["ttft_ms"]),
+        three_figures(row["stall_ms"]),
+        three_figures(row["mb_per_token"]),
+        three_figures(row["ttft_ms"]),
     ]

@@ -301,3 +301,47 @@ def make_core(
             needs_staging=policy.cache.may_refuse,
         )
     return DecisionCore(data.shape, plan, policy, options, log=log)
+
+
+# ---------------------------------------------------------------------- reading the result
+
+
+def total(core: DecisionCore, counter: str) -> int:
+    """A counter summed over phases and stages."""
+    return sum(getattr(bucket, counter) for bucket in core.tally.buckets.values())
+
+
+def story(log: Log) -> str:
+    """A log as text, one line an event.
+
+    `1.0 | 4* 2 | -1 +2` reads: at step 1, layer 0 needed 4, a hit, and 2; then 1 left, 2 landed.
+    `~5`: a prefetch landed; `2/4`: staged 2 was kept in the place of 4. What happens before the
+    first event of a step stands on a line of its own: `1.- | | ~5`.
+    """
+    lines: list[str] = []
+    for kind, step, layer, *rest in log:
+        if kind == "gate":
+            keys, hits = rest
+            needs = " ".join(f"{key}*" if key in hits else str(key) for key in keys)
+            lines.append(f"{step}.{layer} | {needs} |")
+            continue
+        begin = f"{step}.- | |"
+        if layer < 0 and not (lines and lines[-1].startswith(begin)):
+            lines.append(begin)
+        lines[-1] += " " + _action(kind, rest)
+    return "\n".join(lines)
+
+
+def _action(kind: str, rest: Sequence[Any]) -> str:
+    if kind == "evict":
+        return f"-{rest[0]}"
+    if kind == "adopt":
+        return f"{rest[0]}/{rest[1]}"
+    key, source = rest
+    return f"+{key}" if source == "demand" else f"~{key}"
+
+
+def told(text: str) -> str:
+    """A story as tests write it: indented, and with working after `#`."""
+    lines = (line.split("#")[0].strip() for line in text.strip().splitlines())
+    return "\n".join(line for line in lines if line)

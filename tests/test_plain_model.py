@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import policies
 from configs import load_geometry, load_hardware
 from policies.capacity import MemoryPlan, plan_memory
-from policies.core import DecisionCore
-from policies.interface import Keys, MissRule, Policy, PolicyData, Shape
+from policies.core import ORDERS, DecisionCore
+from policies.interface import Keys, MissRule, Policy, PolicyData, Shape, Tally
 from sim.machine import Machine
 from sim.timing import HostCosts, LinkCosts, RooflineTiming, Timing
 from tests.reference.plain_model import PlainModel, PlainResult
@@ -147,9 +147,12 @@ def outcome(result: Any, link_busy_ns: int, core: DecisionCore) -> dict[str, Any
     return {**figures, "link_busy_ns": link_busy_ns, "tally": core.tally, "log": core.log}
 
 
-def both(case: Case, timing: Timing) -> tuple[dict[str, Any], dict[str, Any]]:
+def both(
+    case: Case, timing: Timing, shape: Shape | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the lean and the plain model make of a case; experts as small as bytes by default."""
     workload = Workload(make_columns(case), case.experts)
-    shape = make_shape(case)
+    shape = shape or make_shape(case)
     lean_core = make_core(case, workload, shape, case.slots)
     machine = Machine(workload, lean_core, timing, window=case.window)
     machine.run()
@@ -159,8 +162,188 @@ def both(case: Case, timing: Timing) -> tuple[dict[str, Any], dict[str, Any]]:
     return lean, outcome(result, result.link_busy_ns, plain_core)
 
 
-def assert_same(case: Case, timing: Timing) -> dict[str, Any]:
-    lean, plain = both(case, timing)
+def assert_same(case: Case, timing: Timing, shape: Shape | None = None) -> Tally:
+    """Both models agree on everything; returns the tally."""
+    lean, plain = both(case, timing, shape)
     for name, figures in plain.items():
         assert lean[name] == figures, name
-    return plain
+    return plain["tally"]
+
+
+# ---------------------------------------------------------------------- chosen cases
+
+DELAYED = {"oracle": 23, "next_gate": 31}
+SLOW = OddTiming(
+    segment_slowdown_ppm=130_000,
+    experts_slowdown_ppm=1_000_003,
+    cpu_slowdown_ppm=250_000,
+    link_slowdown_cpu_ppm=500_000,
+)
+TIMINGS = {
+    "even": OddTiming(),
+    "slowdown": SLOW,
+    "delayed": OddTiming(predictor_ns=DELAYED),
+    "delayed-slowdown": replace(SLOW, predictor_ns=DELAYED),
+    "slow-host": OddTiming(HostCosts(9, 8, 5, 13, 10, 41), predictor_ns=DELAYED),
+    "fast-gpu": OddTiming(HostCosts(1, 1, 1, 1, 1, 1), segment=1, experts=1, predictor_ns=DELAYED),
+}
+CASES = {
+    "lru": Case(),
+    "lru-window-1": Case(window=1, params={"chunks": 3}),
+    "lru-window-3": Case(window=3, params={"chunks": 3}, steps=20),
+    "lru-id-order": Case(params={"order": "id"}, top_k=3, slots=4),
+    "lru-touch-order": Case(params={"order": "touch", "chunks": 2}, top_k=3, slots=4),
+    "lru-uneven": Case(uneven=True, layers=4),
+    "lru-global": Case(policy="lru-global", slots=2.5, uneven=True),
+    "belady": Case(policy="belady", steps=20),
+    "belady-bypass": Case(policy="belady-bypass", slots=5, top_k=3, steps=20),
+    "static": Case(policy="static", slots=4, params={"chunks": 2}),
+    "on-demand": Case(policy="on-demand", slots=1, layers=4, params={"chunks": 3}),
+    "waves": Case(slots=2, top_k=4, params={"chunks": 2}),
+    "waves-id-order": Case(slots=2, top_k=4, params={"order": "id"}),
+    "waves-prefill": Case(slots=3, prompt=9, batch=2),
+    "waves-staging": Case(policy="belady-bypass", slots=2, prompt=9, params={"staging_slots": 2}),
+    "batch": Case(batch=3, slots=5, top_k=3, params={"chunks": 2}),
+    "skipped-layers": Case(skip=True, layers=4, steps=20),
+    "reset": Case(params={"reset": True}, steps=16),
+    "oracle": Case(policy="oracle-prefetch", params={"chunks": 2}),
+    "oracle-reset": Case(policy="oracle-prefetch", params={"reset": True, "depth": 2}, slots=4),
+    "oracle-skipped": Case(policy="oracle-prefetch", params={"depth": 2}, skip=True, layers=4),
+    "cpu": Case(cpu=True, top_k=3, slots=4),
+    "cpu-waves": Case(cpu=True, top_k=4, slots=2, params={"chunks": 2}),
+    "cpu-id-order": Case(cpu=True, top_k=3, slots=4, params={"order": "id"}),
+    "cpu-prefetch": Case(policy="accuracy-q", cpu=True, top_k=3, slots=5, params={"depth": 2}),
+}
+CASES |= {
+    f"accuracy-depth-{depth}-chunks-{chunks}-window-{window}": Case(
+        policy="accuracy-q",
+        params={"depth": depth, "chunks": chunks, "q": 0.7},
+        window=window,
+        layers=4,
+        slots=4,
+    )
+    for depth in (1, 2, 3)
+    for chunks in (1, 3)
+    for window in (1, 2, 3)
+}
+
+
+@pytest.mark.parametrize("timing", TIMINGS.values(), ids=TIMINGS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_same(case: Case, timing: OddTiming) -> None:
+    assert_same(case, timing)
+
+
+def test_the_chosen_cases_cover_what_they_claim() -> None:
+    timing = TIMINGS["delayed-slowdown"]
+    tallies = {name: both(case, timing)[1]["tally"] for name, case in CASES.items()}
+    total = {name: _totals(tally) for name, tally in tallies.items()}
+    assert all(counts["hits"] for name, counts in total.items() if name != "on-demand")
+    assert all(counts["misses"] for counts in total.values())
+    for name in ("waves", "waves-id-order", "waves-prefill", "waves-staging", "cpu-waves"):
+        assert total[name]["waves"] > total[name]["events"], name
+    for name in ("cpu", "cpu-waves", "cpu-id-order", "cpu-prefetch"):
+        assert total[name]["cpu"], name
+    assert all(total[name]["late"] for name in total if name.startswith("accuracy"))
+    assert any(tally.collision_misses for tally in tallies.values())
+    assert any(tally.prefetch_cancelled for tally in tallies.values())
+    assert any(tally.prefetch_dropped for tally in tallies.values())
+
+
+def _totals(tally: Tally) -> dict[str, int]:
+    names = ("hits", "late", "misses", "cpu", "waves", "events")
+    buckets = tally.buckets.values()
+    return {name: sum(getattr(bucket, name) for bucket in buckets) for name in names}
+
+
+# ---------------------------------------------------------------------- random cases
+
+SMALL = st.integers(1, 6)
+HOSTS = st.builds(HostCosts, SMALL, SMALL, SMALL, SMALL, st.integers(1, 25), st.integers(1, 40))
+LINKS = st.builds(LinkCosts, st.sampled_from([10**9, 7 * 10**8]), st.integers(1, 9), SMALL)
+PPM = st.sampled_from([0, 130_000, 500_000, 1_000_003])
+TIMES = st.integers(1, 60)
+RANDOM_TIMINGS = st.builds(
+    OddTiming,
+    HOSTS,
+    LINKS,
+    *[TIMES] * 4,
+    *[PPM] * 4,
+    st.one_of(st.just({}), st.fixed_dictionaries({"oracle": TIMES, "next_gate": TIMES})),
+)
+POLICIES = (
+    "lru",
+    "lru-global",
+    "belady",
+    "belady-bypass",
+    "static",
+    "on-demand",
+    "accuracy-q",
+    "oracle-prefetch",
+)
+
+
+@st.composite
+def random_cases(draw: st.DrawFn) -> Case:
+    policy = draw(st.sampled_from(POLICIES))
+    layers = draw(st.integers(1, 4))
+    params: dict[str, Any] = {
+        "order": draw(st.sampled_from(ORDERS)),
+        "chunks": draw(st.integers(1, 3)),
+        "reset": draw(st.booleans()),
+    }
+    if policy in ("accuracy-q", "oracle-prefetch"):
+        layers = max(layers, 2)
+        params |= {
+            "depth": draw(st.integers(1, min(3, layers - 1))),
+            "wrap": draw(st.booleans()),
+            "preempt": draw(st.booleans()),
+            "cache": draw(st.sampled_from(("lru", "lru-global", "lfu", "belady"))),
+        }
+    if policy == "accuracy-q":
+        params["q"] = draw(st.sampled_from((1.0, 0.7, 0.3)))
+    return Case(
+        policy,
+        params,
+        slots=draw(st.sampled_from((2, 2.5, 3, 4, 5.5, 8))),
+        window=draw(st.integers(1, 3)),
+        layers=layers,
+        top_k=draw(st.integers(1, 4)),
+        steps=draw(st.integers(2, 10)),
+        batch=draw(st.integers(1, 3)),
+        prompt=draw(st.sampled_from((0, 5))),
+        skip=draw(st.booleans()),
+        uneven=draw(st.booleans()),
+        cpu=draw(st.booleans()),
+        seed=draw(st.integers(0, 9)),
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(random_cases(), RANDOM_TIMINGS)
+def test_same_whatever_collides(case: Case, timing: OddTiming) -> None:
+    assert_same(case, timing)
+
+
+# ---------------------------------------------------------------------- estimated timings
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(policy="lru", slots=8),
+        Case(policy="lru", slots=8, params={"order": "id", "chunks": 3}),
+        Case(policy="belady-bypass", slots=10, batch=2, prompt=16),
+        Case(policy="accuracy-q", slots=8, params={"depth": 2, "chunks": 3}),
+        Case(policy="oracle-prefetch", slots=8, params={"depth": 3}, window=3),
+        Case(policy="accuracy-q", slots=8, cpu=True, batch=2),
+    ],
+    ids=lambda case: f"{case.policy}-{case.batch}",
+)
+def test_same_on_an_estimated_machine(case: Case) -> None:
+    geometry = load_geometry("gpt-oss-20b")
+    timing = RooflineTiming(geometry, load_hardware("h200-pcie5"))
+    full = replace(case, layers=24, experts=32, top_k=4, steps=24)
+    tally = assert_same(full, timing, Shape(24, 32, 4, geometry.expert_bytes_by_layer))
+    counts = _totals(tally)
+    assert counts["misses"] + counts["late"] > 100

@@ -373,8 +373,10 @@ def test_lookahead_is_refused_where_logits_do_not_tell_the_choice():
 
 
 def test_the_samples_model_routes_and_draws_as_shipped(shared):
-    """Fed the sample's own tokens. Kernels differ between CPUs: in bf16 a gate's near ties go the
-    other way, 0.6 % of the experts with PyTorch's unvectorised kernels; alike, all are the same.
+    """Fed the sample's own tokens: all the same where the CPU's kernels are.
+
+    Other kernels round bf16 otherwise, and near ties at a gate or in a draw go the other way: 0.7 %
+    of the experts and 4 % of the draws with PyTorch's unvectorised ones.
     """
     sample = Trace.open("sample")
     rows = sample.load(["request", "phase", "token_id", "experts"])
@@ -401,7 +403,7 @@ def test_the_samples_model_routes_and_draws_as_shipped(shared):
     assert tokenizer(json.loads(prompt)["text"]).input_ids == tokens[:length]
     experts = stitched(steps)["experts"]
     same = (experts[..., :, None] == rows["experts"][own][..., None, :]).any(-1)
-    assert (print("AGREE", same.mean(), np.mean(np.array(drawn[:-1]) == tokens[length:])), same.mean() >= 0.98)[1]
+    assert same.mean() >= 0.98
     assert np.mean(np.array(drawn[:-1]) == tokens[length:]) >= 0.9
 
 

@@ -134,19 +134,3 @@ def test_a_paused_queue_is_ready_for_demand_copies_only():
     assert not queue.ready
     queue.push_high(high(2))
     assert queue.ready
-
-
-def test_a_prefetch_pushed_back_takes_its_old_place_among_equals():
-    """Priority, then arrival: a copy set aside and queued again arrived earlier than the rest."""
-    queue = TransferQueue()
-    first, second = low(1, seq=1), low(2, seq=2)
-    queue.push_low(second)
-    queue.push_low(first)
-    third = low(3, priority=1.0, seq=3)
-    queue.push_low(third)
-    queue.reprioritise({})
-    settled = keys(queue.low)
-    queue = TransferQueue()
-    for copy in (second, first, third):
-        queue.push_low(copy)
-    assert keys(queue.low) == settled

@@ -1,0 +1,190 @@
+"""Sweeps: rows, resuming, failures, the same bytes whatever the number of jobs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from configs.errors import UserError
+from sim import SweepConfig, simulate, sweep
+from sim.inputs import set_aside
+from sim.point import Point, inputs_for
+from sim.sweeps import load_config, read_results
+from tests.traces import make_trace
+from tracer.trace import Trace
+
+
+@pytest.fixture(scope="module")
+def trace_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sweep") / "trace"
+    make_trace(path, layers=3, experts=8, top_k=2, requests=6, prompt=4, output=12, seed=3)
+    return path
+
+
+def make_config(trace_dir: Path, **changes: Any) -> SweepConfig:
+    fields: dict[str, Any] = {
+        "trace": str(trace_dir),
+        "hardware": ["rtx4090-pcie4"],
+        "links": ["12GB/s", "24GB/s"],
+        "expert_budgets": ["25%", "50%"],
+        "policies": ["resident", "lru", {"name": "accuracy-q", "set": {"q": 0.9, "depth": 2}}],
+        **changes,
+    }
+    return SweepConfig(**fields)
+
+
+def test_a_sweep_has_a_row_a_point_with_its_whole_configuration(trace_dir: Path) -> None:
+    frame = sweep(make_config(trace_dir))
+    # resident once a system; the other two at both budgets; two links.
+    assert len(frame) == 2 * (1 + 2 * 2)
+    assert (frame["status"] == "ok").all()
+    row = frame[frame["policy"] == "accuracy-q"].iloc[0]
+    assert json.loads(row["point.params"]) == {"depth": 2, "q": 0.9}
+    assert row["trace.digest"] == Trace.open(trace_dir).digest
+    assert row["produced_by.moesim"]
+    assert row["link_bytes_per_s"] == 12_000_000_000
+    assert row["decode.accesses"] == row["decode.hits"] + row["decode.late"] + row["decode.misses"]
+
+
+def test_rows_equal_single_points(trace_dir: Path) -> None:
+    frame = sweep(make_config(trace_dir, policies=["lru"], links=[], expert_budgets=["25%"]))
+    single = simulate(trace_dir, policy="lru", hardware="rtx4090-pcie4", expert_budget="25%")
+    for column in ("tpot_ms.mean", "decode.hits", "h2d_bytes", "ttft_ms.p99"):
+        assert frame.loc[0, column] == single.loc[0, column]
+
+
+def test_same_bytes_for_any_number_of_jobs(trace_dir: Path, tmp_path: Path) -> None:
+    config = make_config(trace_dir, policies=["resident", "lru", "static", "belady"])
+    sweep(config, out=tmp_path / "one", jobs=1)
+    sweep(config, out=tmp_path / "two", jobs=2)
+    for name in ("results.parquet", "results.csv"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_broken_off_sweep_goes_on_where_it_stopped(trace_dir: Path, tmp_path: Path) -> None:
+    config, out = make_config(trace_dir), tmp_path / "out"
+    whole = sweep(config, out=tmp_path / "whole")
+    seen: list[tuple[int, int]] = []
+
+    class Stop(Exception):
+        pass
+
+    def stop_at_four(done: int, total: int) -> None:
+        if done == 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        sweep(config, out=out, progress=stop_at_four)
+    lines = (out / "points.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+    # A kill in the middle of a line.
+    (out / "points.jsonl").write_text("\n".join(lines[:3]) + "\n" + lines[3][:50])
+    resumed = sweep(config, out=out, progress=lambda done, total: seen.append((done, total)))
+    assert seen[0] == (3, 10)
+    assert seen[-1] == (10, 10)
+    pd.testing.assert_frame_equal(resumed, whole)
+    assert (out / "results.csv").read_bytes() == (tmp_path / "whole" / "results.csv").read_bytes()
+
+
+def test_a_failed_point_is_a_row_and_does_not_stop_the_others(trace_dir: Path) -> None:
+    frame = sweep(make_config(trace_dir, links=[], expert_budgets=["1%", "50%"], policies=["lru"]))
+    assert frame["status"].tolist() == ["failed", "ok"]
+    assert "smallest that can run" in frame.loc[0, "error"]
+    assert pd.isna(frame.loc[1, "error"])
+
+
+def test_a_fault_of_ours_is_a_row_too_and_shows_its_traceback(
+    trace_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sim.sweeps as module
+
+    def broken(inputs: Any, point: Point) -> dict[str, Any]:
+        raise ZeroDivisionError("on purpose")
+
+    monkeypatch.setattr(module, "run_point", broken)
+    frame = sweep(make_config(trace_dir, links=[], policies=["lru"]))
+    assert frame["status"].tolist() == ["failed", "failed"]
+    assert "internal error: ZeroDivisionError" in frame.loc[0, "error"]
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_results_of_another_sweep_are_not_overwritten(trace_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sweep(make_config(trace_dir, policies=["lru"]), out=out)
+    before = (out / "results.csv").read_bytes()
+    with pytest.raises(UserError, match="another sweep"):
+        sweep(make_config(trace_dir, policies=["lfu"]), out=out)
+    assert (out / "results.csv").read_bytes() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="is not empty"):
+        sweep(make_config(trace_dir, policies=["lru"]), out=tmp_path / "mine")
+
+
+def test_fitted_policies_set_requests_aside_for_all(trace_dir: Path) -> None:
+    frame = sweep(make_config(trace_dir, links=[], policies=["lru", "static"]))
+    assert frame["trace.fitted_requests"].unique().tolist() == [1]
+    assert frame["trace.judged_requests"].unique().tolist() == [5]
+    assert frame["decode.accesses"].nunique() == 1
+
+
+def test_set_aside_is_spread_and_disjoint() -> None:
+    assert set_aside(range(10), 0.3) == [1, 5, 8]
+    assert set_aside(range(3), 0.3) == [1]
+    assert set_aside(range(10), 0) == []
+
+
+def test_static_never_sees_the_requests_it_is_judged_on(trace_dir: Path) -> None:
+    point = Point(policy="static", hardware="t4-pcie3", expert_budget="50%")
+    inputs = inputs_for(Trace.open(trace_dir), point)
+    judged = set(inputs.workload().request_of_row.tolist())
+    assert judged.isdisjoint(inputs.fitted_on)
+    assert judged | set(inputs.fitted_on) == set(range(6))
+    fit_rows = Trace.open(trace_dir).load(["request"])["request"]
+    rows = sum(1 for request in fit_rows.tolist() if request in set(inputs.fitted_on))
+    # One look-up an expert and event, so popularity holds the fitted requests' look-ups alone.
+    assert 0 < inputs.popularity().sum() <= rows * 3 * 2
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("trace: sample\n", "policies"),
+        ("trace: sample\npolicies: [lru]\nhardware: [t4-pcie3]\n", "budgets"),
+        ("trace: [\n", "line"),
+        ("trace: sample\npolicies: [lru]\nhardware: [t4-pcie3]\nbudget: 3\n", "budget"),
+        (
+            "trace: sample\npolicies: [lru]\nhardware: [t4-pcie3]\nexpert_budgets: [25%]\nwindow: 0\n",
+            "window",
+        ),
+    ],
+)
+def test_a_wrong_sweep_file_is_one_line_that_names_file_and_field(
+    tmp_path: Path, text: str, problem: str
+) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=problem) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+    assert "sweep.yaml" in str(caught.value)
+
+
+def test_unfinished_results_name_the_command(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="moesim sweep"):
+        read_results(tmp_path)
+
+
+def test_max_tokens_takes_the_first_rows(trace_dir: Path) -> None:
+    row = simulate(
+        trace_dir, policy="lru", hardware="t4-pcie3", expert_budget="50%", max_tokens=10
+    ).iloc[0]
+    assert row["tokens.prefill"] + row["tokens.decode"] == 10
+
+
+def test_the_demo_configuration_is_valid() -> None:
+    assert len(load_config("demo").points()) > 100
