@@ -305,16 +305,46 @@ class DecisionCore:
             return self._next_low()
         return None
 
+    def start_demands(self) -> list[Copy]:
+        """All demand copies at once, slots taken in order: for a link with nothing else to do.
+
+        The same decisions as :meth:`next_chunk` makes one by one, since members of the wave are
+        pinned whether they have landed or not. :meth:`land_demands` must follow before any other
+        event.
+        """
+        high = self.queue.high
+        started = list(high)
+        for copy in started:
+            if not copy.sent and not self._take_slot(copy):
+                raise RuntimeError(f"no slot for {copy} although the link is idle")
+            copy.sent = copy.chunks
+        high.clear()
+        return started
+
+    def land_demands(self, copies: Iterable[Copy]) -> None:
+        """Everything that :meth:`start_demands` gave has landed, in this order."""
+        state, tally, waiting = self._state, self.tally, self.copies
+        for copy in copies:
+            key = copy.key
+            copy.landed = copy.chunks
+            state[key] = RESIDENT
+            del waiting[key]
+            tally.copies += 1
+            tally.chunks += copy.chunks
+            tally.copied_bytes += self.memory.bytes_of[key]
+            if self.log is not None:
+                self.log.append(("landed", self.step, self.layer, key, copy.source))
+
     def chunk_done(self, copy: Copy) -> bool:
         """A chunk has landed. True: it completes an expert that the event in progress awaits."""
         copy.landed += 1
-        tally = self.tally
-        tally.chunks += 1
-        tally.copied_bytes += copy.chunk_bytes[copy.landed - 1]
         if copy.landed < copy.chunks:
             return False
-        tally.copies += 1
         key = copy.key
+        tally = self.tally
+        tally.copies += 1
+        tally.chunks += copy.chunks
+        tally.copied_bytes += self.memory.bytes_of[key]
         self._state[key] = RESIDENT
         del self.copies[key]
         if self.log is not None:
@@ -481,22 +511,35 @@ class DecisionCore:
         pool = memory.pool_of[key]
         free = memory.free
         units = memory.unit_of[key]
-        if free[pool] < units:
+        if free[pool] >= units:
+            memory.take(key)
+        else:
             barred: Collection[int] = self.pinned
             if not copy.high:
                 barred = self.pinned | (self.guarded if self._one_pool else self.guard[copy.layer])
-            while free[pool] < units:
-                victim = self._rule.victim(pool, barred)
-                if victim is None:
-                    victim = self._stalled(pool, barred)
-                if victim is None:
-                    return False
-                self._evict(victim)
-        memory.take(key)
+            if not self._make_room(key, pool, units, barred):
+                return False
         self._rule.on_insert(key)
         if not copy.demand:
             self.tally.prefetch_started += 1
             self._prefetched[key] = memory.bytes_of[key]
+        return True
+
+    def _make_room(self, key: int, pool: int, units: int, barred: Collection[int]) -> bool:
+        """Throw out as many residents as ``key`` needs, and give it the place."""
+        memory = self.memory
+        while memory.free[pool] < units:
+            victim = self._rule.victim(pool, barred)
+            if victim is None:
+                victim = self._stalled(pool, barred)
+            if victim is None:
+                return False
+            self._forget(victim)
+            if not memory.plan.by_bytes:
+                memory.replace(victim, key)
+                return True
+            memory.release(victim)
+        memory.take(key)
         return True
 
     def _stalled(self, pool: int, barred: Collection[int]) -> int | None:
@@ -508,16 +551,22 @@ class DecisionCore:
         return None
 
     def _evict(self, key: int) -> None:
+        self._forget(key)
+        self.memory.release(key)
+
+    def _forget(self, key: int) -> None:
+        """Everything that an eviction means beside the slot itself."""
         copy = None if self._state[key] == RESIDENT else self.copies.pop(key)
-        if copy is not None and self.parked.pop(key, None) is None:
-            self.queue.remove(copy)
+        if copy is not None:
+            self._count_abandoned(copy)
+            if self.parked.pop(key, None) is None:
+                self.queue.remove(copy)
         self.tally.evictions += 1
         if self._prefetched:
             wasted = self._prefetched.pop(key, None)
             if wasted is not None:
                 landed = wasted if copy is None else sum(copy.chunk_bytes[: copy.landed])
                 self.tally.wasted_prefetch_bytes += landed
-        self.memory.release(key)
         self._rule.on_evict(key)
         if self.log is not None:
             self.log.append(("evict", self.step, self.layer, key))
@@ -559,8 +608,15 @@ class DecisionCore:
             if self.log is not None:
                 self.log.append(("adopt", self.step, layer, newcomer, leaver))
 
+    def _count_abandoned(self, copy: Copy) -> None:
+        """Chunks of a copy that never completed went over the link all the same."""
+        self.tally.chunks += copy.landed
+        self.tally.copied_bytes += sum(copy.chunk_bytes[: copy.landed])
+
     def finish(self) -> Tally:
         """The run is over: prefetched experts that nobody used count as wasted."""
+        for copy in self.copies.values():
+            self._count_abandoned(copy)
         self.tally.wasted_prefetch_bytes += sum(self._prefetched.values())
         self._prefetched.clear()
         return self.tally

@@ -75,6 +75,12 @@ class ExpertMemory:
         self.staged.add(key)
         self.state[key] = COPYING
 
+    def replace(self, victim: int, key: int) -> None:
+        """``key`` takes the slot of ``victim`` in a pool that counts slots."""
+        self.state[victim] = ABSENT
+        self.state[key] = COPYING
+        self.slot_of[key] = self.slot_of.pop(victim)
+
     def release(self, key: int) -> None:
         """Take the slot from ``key``, cached or staged."""
         self.state[key] = ABSENT

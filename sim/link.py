@@ -92,9 +92,10 @@ class Link:
         self.host_free = free
         return free
 
-    def _begin(self, copy: Copy, nbytes: int, ready: int) -> None:
-        wire = self._wire_ns.get(nbytes)
-        if wire is None:
+    def occupy(self, nbytes: int, ready: int) -> int:
+        """A chunk handed over at ``ready`` follows the one before; returns when it has landed."""
+        wire = self._wire_ns.get(nbytes, 0)
+        if not wire:
             wire = self._wire_ns[nbytes] = self._costs.transfer_ns(nbytes)
         previous = self._end
         if ready > previous or not self.intervals:
@@ -106,10 +107,14 @@ class Link:
             wire += self._costs.gap_ns
         if start < self.cpu_busy_until:
             wire += wire * self._cpu_slowdown_ppm // _PPM
-        self._moving = copy
         self._end = end = start + wire
         self.intervals[-1][1] = end
         self.busy_ns += wire
+        return end
+
+    def _begin(self, copy: Copy, nbytes: int, ready: int) -> None:
+        end = self.occupy(nbytes, ready)
+        self._moving = copy
         env = self.env
         event = Event(env)
         event._ok = True

@@ -43,12 +43,19 @@ class StepTimes:
 class Machine:
     """Runs a workload through a decision core on modelled hardware.
 
-    ``window``: chunks handed to the hardware at a time (W of the contract). After :meth:`run`,
+    ``window``: chunks handed to the hardware at a time (W of the contract). ``bursts`` False: run
+    every copy through SimPy, also where arithmetic gives the same (for tests). After :meth:`run`,
     ``times`` holds the steps' times, ``link.busy_ns`` the link's, ``core.tally`` the decisions'.
     """
 
     def __init__(
-        self, workload: Workload, core: DecisionCore, timing: Timing, *, window: int = 2
+        self,
+        workload: Workload,
+        core: DecisionCore,
+        timing: Timing,
+        *,
+        window: int = 2,
+        bursts: bool = True,
     ) -> None:
         self.env = Clock()
         self.workload = workload
@@ -66,10 +73,16 @@ class Machine:
         self.times = StepTimes()
         self.stall_late = self.stall_miss = self.stall_cpu = 0
         self.clock = 0
+        self._bursts = bursts and core.options.order == "cached-first"
         self._cpu_free = 0
         self._unsettled = 0
         self._due: list[Prediction] = []
         self._experts_ns: dict[tuple[int, int, int], int] = {}
+        # One token assigned to each expert: a decode step of one request.
+        self._decode_ns = [
+            [timing.experts_ns(layer, size, size) for size in range(workload.num_experts + 1)]
+            for layer in range(workload.num_layers)
+        ]
         self._segments_ns: dict[tuple[int, int], list[int]] = {}
         self._queue = core.queue
         self._state = core.memory.state
@@ -124,6 +137,7 @@ class Machine:
         counts = self.workload.events.step_counts(step.index) if step.tokens > 1 else None
         requests = len(step.requests)
         segments = self._segments(step.tokens, requests, kv_tokens)
+        predicting = core.policy.prefetcher is not None
         previous = -1
         for layer, keys in enumerate(events):
             if not keys:
@@ -140,23 +154,17 @@ class Machine:
             self.clock = now
             tokens = dict(zip(keys, counts[layer], strict=True)) if counts else None
             wave = core.gate(layer, keys, tokens)
-            for prediction in core.predictions(layer, keys):
-                self._announce(prediction, now)
-            now += host.decision_ns
-            if self._queue.ready or link.current is not None or self._unsettled:
-                if now > self.env._now and (link.current is not None or self._unsettled):
-                    yield self.env.timeout(now - self.env._now)
-                now = link.refill(now)
-            now = yield from self._wave(layer, wave, tokens, now)
+            if predicting:
+                for prediction in core.predictions(layer, keys):
+                    self._announce(prediction, now)
+            at_once = self._at_once(layer, wave, tokens, now)
+            now = at_once or (yield from self._execute(layer, wave, tokens, now))
             while not wave.last:
                 now = yield from self._spin_for_gpu(now)
                 self.clock = now
                 wave = core.next_wave()
-                now += host.decision_ns
-                if now > self.env._now and link.current is not None:
-                    yield self.env.timeout(now - self.env._now)
-                now = link.refill(now)
-                now = yield from self._wave(layer, wave, tokens, now)
+                at_once = self._at_once(layer, wave, tokens, now)
+                now = at_once or (yield from self._execute(layer, wave, tokens, now))
         now += host.segment_launch_ns
         gpu.submit(now, timing.head_ns(requests), slowdown, HEAD)
         now = yield from self._spin_for_gpu(now)
@@ -178,10 +186,25 @@ class Machine:
 
     # ------------------------------------------------------------------ executing a wave
 
-    def _wave(
+    def _at_once(self, layer: int, wave: Wave, tokens: dict[int, int] | None, now: int) -> int:
+        """What :meth:`_execute` does where nothing but the host can act; 0: it is not so."""
+        queue = self._queue
+        if self.link.current is not None or self._unsettled or queue.low or wave.cpu:
+            return 0
+        now += self.timing.host.decision_ns
+        if not wave.waiting:
+            return self._launch(layer, wave.ready, tokens, now) if wave.ready else now
+        return self._burst(layer, wave, tokens, now) if self._bursts else 0
+
+    def _execute(
         self, layer: int, wave: Wave, tokens: dict[int, int] | None, now: int
     ) -> Generator[Event, Any, int]:
-        """Launch the wave's groups as their experts are there; returns the host's time."""
+        """Decide, refill, and launch the wave's groups as their experts are there."""
+        link = self.link
+        now += self.timing.host.decision_ns
+        if now > self.env._now and (link.current is not None or self._unsettled):
+            yield self.env.timeout(now - self.env._now)
+        now = link.refill(now)
         cpu_end = self._start_cpu(layer, wave, tokens, now) if wave.cpu else 0
         if wave.order is not None and wave.waiting:
             now = yield from self._in_order(layer, wave.order, tokens, now)
@@ -196,13 +219,64 @@ class Machine:
 
     def _launch(self, layer: int, group: Any, tokens: dict[int, int] | None, now: int) -> int:
         size = len(group)
-        assigned = size if tokens is None else sum(tokens.get(key, 1) for key in group)
-        cost = self._experts_ns.get((layer, size, assigned))
-        if cost is None:
-            cost = self.timing.experts_ns(layer, size, assigned)
-            self._experts_ns[layer, size, assigned] = cost
+        if tokens is None:
+            cost = self._decode_ns[layer][size]
+        else:
+            assigned = sum([tokens.get(key, 1) for key in group])
+            known = self._experts_ns.get((layer, size, assigned))
+            if known is None:
+                known = self.timing.experts_ns(layer, size, assigned)
+                self._experts_ns[layer, size, assigned] = known
+            cost = known
         now += self.timing.host.experts_launch_ns
         self.gpu.submit(now, cost, self.timing.experts_slowdown_ppm, EXPERTS)
+        return now
+
+    def _burst(self, layer: int, wave: Wave, tokens: dict[int, int] | None, now: int) -> int:
+        """Demand copies on a link with nothing else to do: :meth:`_as_they_land`, by arithmetic."""
+        link, gpu, window = self.link, self.gpu, self.link.window
+        issue = self.timing.host.copy_issue_ns
+        copies = self.core.start_demands()
+        sizes: list[int] = []
+        completes: list[Copy | None] = []
+        for copy in copies:
+            sizes += copy.chunk_bytes[copy.landed :]
+            completes += [None] * (copy.chunks - copy.landed - 1)
+            completes.append(copy)
+        ends: list[int] = []
+        for size in sizes[:window]:
+            now += issue
+            ends.append(link.occupy(size, now))
+        if wave.ready:
+            now = self._launch(layer, wave.ready, tokens, now)
+        total, landed = len(sizes), 0
+        while landed < total:
+            free, done, seen = now, landed, now
+            while done < len(ends) and ends[done] <= now:
+                done += 1
+            for size in sizes[len(ends) : done + window]:
+                free += issue
+                ends.append(link.occupy(size, free))
+            group = [each for each in completes[landed:done] if each is not None]
+            while not group:
+                seen = ends[done]
+                if len(ends) < total:
+                    free = (free if free > seen else seen) + issue
+                    ends.append(link.occupy(sizes[len(ends)], free))
+                completed = completes[done]
+                done += 1
+                if completed is not None:
+                    group = [completed]
+            if seen > now:
+                idle_from = gpu.end(seen)
+                if idle_from < now:
+                    idle_from = now
+                if idle_from < seen:
+                    self._book_stall(group[-1], seen - idle_from)
+            landed = done
+            now = free if free > seen else seen
+            now = self._launch(layer, [copy.key for copy in group], tokens, now)
+        self.core.land_demands(copies)
         return now
 
     def _as_they_land(
@@ -272,12 +346,14 @@ class Machine:
         idle_from = self.gpu.end(self.link.known_until(now))
         if idle_from < began:
             idle_from = began
-        if idle_from >= now:
-            return
+        if idle_from < now:
+            self._book_stall(copy, now - idle_from)
+
+    def _book_stall(self, copy: Copy, stall_ns: int) -> None:
         if copy.demand:
-            self.stall_miss += now - idle_from
+            self.stall_miss += stall_ns
         else:
-            self.stall_late += now - idle_from
+            self.stall_late += stall_ns
 
     # ------------------------------------------------------------------ spinning
 

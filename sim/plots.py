@@ -16,6 +16,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -34,13 +35,13 @@ from sim.ranking import (
     RESIDENT,
     front,
     is_estimated,
-    knee,
     link_name,
     middle,
     middle_budget,
     prepare,
     systems,
     three_figures,
+    winner_at_knee,
 )
 
 _DPI = 150
@@ -66,6 +67,8 @@ _LOG_FROM = 5  # ratio of slowest to fastest above which TPOT gets a logarithmic
 _MOST_COLUMNS = 3
 _MOST_BARS = 18
 _MOST_TICKS = 8
+_WIDTH_INCHES = 10.5
+_SAMPLE_INCHES, _LETTER_INCHES = 0.65, 0.07  # of a legend entry, generous
 _HEAD_INCHES, _FOOT_INCHES, _LEGEND_ROW_INCHES = 0.55, 0.22, 0.18
 _LONGEST_NOTE = 90
 _STYLE: Any = {
@@ -221,7 +224,7 @@ def _pareto_figure(points: pd.DataFrame) -> Figure:
     names = systems(points)
     columns = min(len(names), _MOST_COLUMNS)
     rows = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(max(7.0, 3.5 * columns), 1.8 + 3.8 * rows))
+    figure = Figure(figsize=(_WIDTH_INCHES, 1.8 + 3.8 * rows))
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     panels = list(grid.flat)
     cast = _cast(points)
@@ -230,7 +233,8 @@ def _pareto_figure(points: pd.DataFrame) -> Figure:
         _log_ms(panels[0], float(tpot.min()), float(tpot.max()))
     for axes, name in zip(panels, names, strict=False):
         _pareto_panel(axes, points[points["system"] == name], cast)
-        axes.set_title(_panel_title(name, points))
+        if len(names) > 1:
+            axes.set_title(_panel_title(name, points))
     for axes in panels[len(names) :]:
         axes.remove()
     for axes in grid[:, 0]:
@@ -298,22 +302,21 @@ def _draw_front(axes: Axes, points: pd.DataFrame) -> None:
         solid_joinstyle="round",
         zorder=1,
     )
-    bend = knee(line)
-    if bend is None:
+    pick = winner_at_knee(points)
+    if pick is None:
         return
-    where = (bend["memory.peak_bytes"] / _GIB, bend["tpot_ms.mean"])
+    where = (pick["memory.peak_bytes"] / _GIB, pick["tpot_ms.mean"])
     axes.plot(*where, marker="o", markersize=11, color=_INK, fillstyle="none", zorder=6)
-    axes.annotate(
-        f"knee: {bend['label']}\n{bend['budget']}, {three_figures(bend['tpot_ms.mean'])} ms",
-        where,
-        xytext=(0.98, 0.98),
-        textcoords="axes fraction",
+    axes.text(
+        0.98,
+        0.98,
+        f"\N{WHITE CIRCLE} pick: {pick['label']}\n"
+        f"{pick['budget']}, {three_figures(pick['tpot_ms.mean'])} ms",
+        transform=axes.transAxes,
         ha="right",
         va="top",
-        fontsize=8.5,
+        fontsize=9,
         color=_INK,
-        arrowprops={"arrowstyle": "-", "color": _INK, "linewidth": 0.6, "shrinkB": 5.5},
-        zorder=7,
     )
 
 
@@ -321,7 +324,8 @@ def _without_slivers(line: pd.DataFrame) -> pd.DataFrame:
     """The front less the points that save a sliver of memory: drawn, they make a saw of it."""
     memory = line["memory.peak_bytes"].to_numpy(np.float64)
     saved = np.diff(memory, append=np.inf)
-    return line[saved >= 0.02 * np.ptp(memory)]
+    keep: npt.NDArray[np.bool_] = saved >= 0.02 * np.ptp(memory)
+    return line[keep]
 
 
 def _mark_limit(axes: Axes, points: pd.DataFrame) -> None:
@@ -345,9 +349,9 @@ def _mark_limit(axes: Axes, points: pd.DataFrame) -> None:
 def _pareto_handles(points: pd.DataFrame, cast: _Cast) -> list[Line2D]:
     handles = _cast_handles(points, cast)
     handles.append(Line2D([], [], color=_FRONT, linewidth=6, label="Pareto front"))
-    bends = [knee(front(points[points["system"] == name])) for name in systems(points)]
-    if any(bend is not None for bend in bends):
-        handles.append(_dot("o", "knee of the front", markersize=10, fillstyle="none"))
+    picks = [winner_at_knee(points[points["system"] == name]) for name in systems(points)]
+    if any(pick is not None for pick in picks):
+        handles.append(_dot("o", "pick: knee of the front", markersize=10, fillstyle="none"))
     return handles
 
 
@@ -386,7 +390,7 @@ def _hits_figure(points: pd.DataFrame, cast: _Cast) -> Figure:
     cast = replace(cast, bounds=_with_belady(cast.bounds, contested))
     bounds = contested[contested["kind"] == "bound"]
     best = bounds.groupby("expert_share")["decode.hit_rate"].max()
-    figure = Figure(figsize=(10.5, 5.2))
+    figure = Figure(figsize=(_WIDTH_INCHES, 5.2))
     panels = figure.subplots(1, 1 if best.empty else 2, sharex=True, squeeze=False)[0]
     for axes in panels:
         _share_axis(axes, sorted(contested["expert_share"].unique()))
@@ -452,7 +456,7 @@ def _breakdown_figure(points: pd.DataFrame) -> Figure:
     shown = rows.head(_MOST_BARS - 1)
     if len(rows) > len(shown):
         shown = pd.concat([shown, rows.tail(1)])
-    figure = Figure(figsize=(10.5, 1.9 + 0.27 * len(shown)))
+    figure = Figure(figsize=(_WIDTH_INCHES, 1.9 + 0.27 * len(shown)))
     axes = figure.subplots()
     _bars(axes, shown)
     axes.set_xlabel("time of a decode step (ms)")
@@ -462,7 +466,7 @@ def _breakdown_figure(points: pd.DataFrame) -> Figure:
     if len(shown) < len(rows):
         title += f" ({len(shown)} of {len(rows)} policies)"
     handles, _ = axes.get_legend_handles_labels()
-    _frame_figure(figure, title, points, handles, columns=len(_PARTS))
+    _frame_figure(figure, title, points, handles)
     return figure
 
 
@@ -509,7 +513,6 @@ def _frame_figure(
     points: pd.DataFrame,
     handles: Sequence[Artist],
     others: Sequence[str] = (),
-    columns: int = 4,
 ) -> None:
     """Title and what it is of above; legend and notes below, without overlap."""
     height = figure.get_figheight()
@@ -518,6 +521,7 @@ def _frame_figure(
         0.01, 1 - 0.09 / height, title, va="top", fontsize=12, fontweight="bold", color=_INK
     )
     figure.text(0.01, 1 - 0.32 / height, _subject(points), va="top", fontsize=9.5, color=_GREY)
+    columns = _legend_columns([str(handle.get_label()) for handle in handles])
     figure.legend(
         handles=list(handles),
         loc="lower left",
@@ -533,6 +537,18 @@ def _frame_figure(
     for side, note in notes.items():
         x = 0.01 if side == "left" else 0.995
         figure.text(x, 0.06 / height, note, ha=side, fontsize=7.5, color=_GREY)
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    """As many columns as fit the figure's width, each as wide as its longest label."""
+    most = 6 if len(labels) <= 6 else 4
+    for columns in range(most, 1, -1):
+        split = np.array_split(np.array(labels, dtype=object), columns)
+        widths = [max((len(label) for label in part), default=0) for part in split]
+        inches = sum(_SAMPLE_INCHES + _LETTER_INCHES * width for width in widths)
+        if inches <= _WIDTH_INCHES:
+            return columns
+    return 1
 
 
 def _subject(points: pd.DataFrame) -> str:

@@ -85,7 +85,8 @@ def prepare(frame: pd.DataFrame) -> pd.DataFrame:
     Adds ``system`` (a name; points of one system differ in policy and budget alone), ``kind``
     (``causal``, ``lossy``, ``bound``, ``what-if``), ``expert_share`` (slots' budget over the bytes
     of all experts, at most 1) and ``budget`` (as given for the whole model, ``8GiB``, else the
-    share, ``25 %``). Sorted by system, then budget, then TPOT. Equal points are kept once.
+    share, ``25 %``), and ``saturated`` (the policy uses no more memory and is no faster than at a
+    smaller budget). Sorted by system, then budget, then TPOT. Equal points are kept once.
     """
     points = _succeeded(frame)
     points = points[points["tpot_ms.mean"].notna()]
@@ -105,9 +106,11 @@ def prepare(frame: pd.DataFrame) -> pd.DataFrame:
     points = points.astype(dict.fromkeys(_FLAGS, bool) | dict.fromkeys(_NUMBERS, float))
     points = points.drop_duplicates(["system", "expert_budget_bytes", "label"])
     order = [name for name in _SYSTEM if name in points]
-    return points.sort_values(
+    points = points.sort_values(
         [*order, "expert_budget_bytes", "tpot_ms.mean", "label"], kind="stable"
     ).reset_index(drop=True)
+    used = ["system", "label", "memory.peak_bytes", "tpot_ms.mean"]
+    return pd.concat([points, points.duplicated(used).rename("saturated")], axis=1)
 
 
 def _succeeded(frame: pd.DataFrame) -> pd.DataFrame:
@@ -188,8 +191,12 @@ def middle_budget(points: pd.DataFrame) -> int:
 
 
 def choices(points: pd.DataFrame) -> pd.DataFrame:
-    """Those of prepared ``points`` that one could run: causal, lossless, fitting the GPU."""
-    return points[(points["kind"] == "causal") & points["memory.fits"]]
+    """Those of prepared ``points`` that one could run: causal, lossless, fitting the GPU.
+
+    A policy that cannot use a larger budget (on-demand, say) counts at its smallest alone.
+    """
+    usable = (points["kind"] == "causal") & points["memory.fits"] & ~points["saturated"]
+    return points[usable]
 
 
 def front(points: pd.DataFrame) -> pd.DataFrame:
@@ -244,7 +251,8 @@ def rank(frame: pd.DataFrame) -> pd.DataFrame:
     (10**6 bytes), ``stall_ms`` a decode step, ``times_faster`` than ``faster_than`` (on-demand at
     that budget, else the slowest causal policy, else the slowest), ``gap_to_bound`` (share of the
     time that ``bound``, the fastest bound at that budget, would save; nan without one),
-    ``tie`` (within 2 % of the first of its kind), ``gpu_memory_bytes`` and ``fits``.
+    ``tie`` (within 2 % of the first of its kind), ``gpu_memory_bytes``, ``fits`` and ``saturated``
+    (see :func:`prepare`).
     """
     return _rank(prepare(frame))
 
@@ -284,6 +292,7 @@ def _rank_group(group: pd.DataFrame) -> pd.DataFrame:
             "tie": tpot <= first * (1 + TIE_MARGIN),
             "gpu_memory_bytes": group["memory.peak_bytes"],
             "fits": group["memory.fits"],
+            "saturated": group["saturated"],
         }
     )
     by_kind = {"causal": 0, "lossy": 1, "what-if": 2, "bound": 3}
@@ -383,14 +392,14 @@ def _recommend(name: str, points: pd.DataFrame) -> Recommendation:
         return Recommendation(name, None, None, None, None, None, (), (), text)
     winners = _winners(options)
     verdicts = _verdicts(points, options)
-    bend = knee(front(options))
-    pick = _by_tpot(options).iloc[0] if bend is None else _winner_at(options, winners, bend)
+    at_knee = winner_at_knee(points)
+    pick = _by_tpot(options).iloc[0] if at_knee is None else at_knee
     lines = [
-        _pick_words(pick, at_knee=bend is not None),
+        _pick_words(pick, at_knee=at_knee is not None),
+        *_fastest_words(options, pick),
         _winner_words(winners),
         *_verdict_words(verdicts),
         *_memory_words(options, pick, verdicts),
-        *_resident_words(points, pick),
         *_misfit_words(points),
     ]
     return Recommendation(
@@ -406,11 +415,19 @@ def _recommend(name: str, points: pd.DataFrame) -> Recommendation:
     )
 
 
-def _winner_at(options: pd.DataFrame, winners: Sequence[Winner], bend: Row) -> Row:
+def winner_at_knee(points: pd.DataFrame) -> Row | None:
+    """The point to pick on one system: who wins at the budget of the front's :func:`knee`.
+
+    The winner over a run of budgets may tie with the knee's own policy; None without a knee.
+    """
+    options = choices(points)
+    bend = knee(front(options))
+    if bend is None:
+        return None
     budget = bend["expert_budget_bytes"]
-    label = next(w.policy for w in winners if w.from_expert_bytes <= budget <= w.to_expert_bytes)
+    run = next(w for w in _winners(options) if w.from_expert_bytes <= budget <= w.to_expert_bytes)
     at_budget = options["expert_budget_bytes"] == budget
-    return options[at_budget & (options["label"] == label)].iloc[0]
+    return options[at_budget & (options["label"] == run.policy)].iloc[0]
 
 
 def _by_budget(points: pd.DataFrame) -> dict[int, pd.DataFrame]:
@@ -617,30 +634,29 @@ def _compared(saves: float, pick: Row, verdicts: Sequence[Verdict]) -> str:
     return f", {relation} than the best bound at the pick's own budget ({_saved([own[0].saves])})"
 
 
-def _resident_words(points: pd.DataFrame, pick: Row) -> list[str]:
-    rows = points[points["policy"] == RESIDENT]
-    if rows.empty or pick["policy"] == RESIDENT:
+def _fastest_words(options: pd.DataFrame, pick: Row) -> list[str]:
+    """The other end of the front: what all of the GPU's memory would buy."""
+    best = _by_tpot(options).iloc[0]
+    times = pick["tpot_ms.mean"] / best["tpot_ms.mean"]
+    if times <= 1 + TIE_MARGIN:
         return []
-    row: Row = rows.iloc[0]
-    need, have = _gib(row["memory.peak_bytes"]), _gib(row["memory.gpu_memory_bytes"])
-    if not row["memory.fits"]:
-        return [f"All experts resident: {need}, more than the GPU's {have}."]
-    times = pick["tpot_ms.mean"] / row["tpot_ms.mean"]
     return [
-        f"All experts resident: {_ms(row['tpot_ms.mean'])} a token in {need}, which fits the GPU's "
-        f"{have} ({times:.1f}x as fast as the pick)."
+        f"Fastest that fits the GPU's {_gib(best['memory.gpu_memory_bytes'])}: {best['label']} at "
+        f"{best['budget']}, {_ms(best['tpot_ms.mean'])} a token in "
+        f"{_gib(best['memory.peak_bytes'])} ({times:.1f}x as fast as the pick)."
     ]
 
 
 def _misfit_words(points: pd.DataFrame) -> list[str]:
-    """Budgets that were swept in vain, resident aside."""
-    causal = points[(points["kind"] == "causal") & (points["policy"] != RESIDENT)]
+    """What was swept in vain."""
+    causal = points[(points["kind"] == "causal") & ~points["saturated"]]
     vain = [group for group in _by_budget(causal).values() if not group["memory.fits"].any()]
     if not vain:
         return []
-    have = _gib(vain[0]["memory.gpu_memory_bytes"].iloc[0])
+    row = vain[0].iloc[0]
+    names = [str(group["budget"].iloc[0]) for group in vain]
     return [
-        f"Left out, more than the GPU's {have}: {_listed([g['budget'].iloc[0] for g in vain])}."
+        f"More than the GPU's {_gib(row['memory.gpu_memory_bytes'])}: {_listed(names, most=6)}."
     ]
 
 
@@ -743,7 +759,7 @@ def _spread(values: Sequence[Any], most: int) -> list[Any]:
 
 def _winner_row(group: pd.DataFrame) -> list[str]:
     causal = group[group["kind"] == "causal"]
-    fitting = causal[causal["fits"]]
+    fitting = causal[causal["fits"] & ~causal["saturated"]]
     share = str(group["budget"].iloc[0])
     bound_ms = group.loc[group["kind"] == "bound", "tpot_ms"].min()
     if fitting.empty:

@@ -170,6 +170,7 @@ def _run(
     launches: list[Launch] = []
     for step, events in enumerate(steps):
         _begin_requests(core, requests, step)
+        link.look()
         core.step_begin(step, "decode")
         for prediction in core.predictions_at_step():
             link.announce(prediction)

@@ -99,7 +99,7 @@ class CheckedMachine(Machine):
     """Fails when something impossible happens: an expert used before it landed, time running back."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
-        super().__init__(*args, **named)
+        super().__init__(*args, bursts=False, **named)
         self.landed_at: dict[int, int] = {}
         self.most_occupied = 0
         self.chunks = 0
@@ -144,9 +144,10 @@ def make_machine(
     slots: float = 3,
     expert_bytes: int = 1000,
     window: int = 2,
+    checked: bool = True,
     lookahead: dict[str, Any] | None = None,
     **params: object,
-) -> CheckedMachine:
+) -> Any:
     """A machine for ``slots`` slots a layer."""
     layers, experts = workload.num_layers, workload.num_experts
     shape = Shape(layers, experts, workload.top_k, (expert_bytes,) * layers)
@@ -171,7 +172,8 @@ def make_machine(
         needs_staging=built.cache.may_refuse,
     )
     core = DecisionCore(shape, plan, built, options, log=[])
-    return CheckedMachine(workload, core, timing, window=window)
+    make = CheckedMachine if checked else Machine
+    return make(workload, core, timing, window=window)
 
 
 def step_ns(machine: Machine) -> list[int]:

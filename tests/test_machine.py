@@ -165,7 +165,7 @@ machines = st.fixed_dictionaries(
 )
 
 
-def _run(case):  # type: ignore[no-untyped-def]
+def _run(case, *, checked=True):  # type: ignore[no-untyped-def]
     work = random_workload(case["seed"], steps=8, prompt=case["prompt"])
     timing = FlatTiming(
         host=HostCosts(3, 4, 5, 6, case["issue"], 9),
@@ -182,9 +182,20 @@ def _run(case):  # type: ignore[no-untyped-def]
         window=case["window"],
         chunks=case["chunks"],
         order=case["order"],
+        checked=checked,
     )
     machine.run()
     return machine
+
+
+@settings(max_examples=150, deadline=None)
+@given(machines)
+def test_arithmetic_bursts_equal_simpy_events(case) -> None:  # type: ignore[no-untyped-def]
+    """Demand copies on an otherwise idle link are worked out without events: same nanoseconds."""
+    slow, fast = _run(case), _run(case, checked=False)
+    assert fast.times == slow.times
+    assert fast.core.tally == slow.core.tally
+    assert fast.link.busy_ns == slow.link.busy_ns
 
 
 @settings(max_examples=120, deadline=None)
@@ -242,9 +253,7 @@ def test_unlimited_budget_is_compute_only_once_warm(seed: int, policy: str) -> N
     # Prefetches may bring an expert that is never needed, but each comes at most once.
     assert tally.copies <= 3 * 8
     compute = 3 * (100 + 10) + 50
-    needed = [
-        len({key for event in events for key in event}) for events in [work.events.step(0)]
-    ]
+    needed = [len({key for event in events for key in event}) for events in [work.events.step(0)]]
     assert needed[0] == 6
     assert min(step_ns(machine)) == compute
 

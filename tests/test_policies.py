@@ -389,6 +389,18 @@ def test_belady_bypass_keeps_a_staged_expert_in_the_place_of_a_member():
     assert core.tally.evictions == 1
 
 
+def test_belady_bypass_spares_a_resident_where_a_member_is_needed_later_still():
+    steps = one_layer([0], [1], [0, 2], [2], [1, 2])
+    _, log = play("belady-bypass", shape_of(1, 3), steps, slots=3, staging_slots=1)
+    assert log == told("""
+        0.0 | 0 | +0
+        1.0 | 1 | +1
+        2.0 | 0* 2 | +2 2/0       # next uses 0:never 1:4 2:3: not 1, but 0 gives way
+        3.0 | 2* |
+        4.0 | 1* 2* |
+    """)
+
+
 def test_belady_bypass_passes_through_few_staging_slots_in_waves():
     steps = one_layer([0], [1, 2, 3], [0, 3])
     core, log = play("belady-bypass", shape_of(1, 4), steps, slots=2, staging_slots=1)

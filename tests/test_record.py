@@ -55,6 +55,15 @@ CONFIGS = {
 PROMPTS = [{"domain": "code", "text": "t5 t9 t2"}, {"domain": "prose", "text": "t7 t8 t1 t30"}]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small gain nothing from threads, which fight with tests beside these."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def build(family, **changes):
     """A random float32 model whose gates are sharp enough that rounding decides no choice."""
     torch.manual_seed(0)

@@ -142,9 +142,8 @@ def belady(
 def bypass(events: Sequence[Event], slots: int) -> Iterator[Outcome]:
     """Per layer, `slots` each; a miss may be declined, and staging slots abound.
 
-    Misses fill free slots, nearest first; then each takes the place of the farthest resident that
-    is no member, if strictly nearer. Once the event is computed, those declined do the same with
-    all residents.
+    Misses fill free slots, nearest first. Then, as long as that helps, the nearest of those left
+    out takes the place of the farthest that is held, member of the event or not.
     """
     future = Future(events)
     held_by_layer: dict[int, set[int]] = {}
@@ -156,8 +155,7 @@ def bypass(events: Sequence[Event], slots: int) -> Iterator[Outcome]:
         outside = set(misses)
         while outside and len(held) < slots:
             _move(future.best(outside), outside, held)
-        evicted = _improve(future, held, outside, keep=set(keys))
-        evicted += _improve(future, held, outside, keep=set())
+        evicted = _improve(future, held, outside)
         yield Outcome(step, layer, hits, misses, tuple(evicted))
 
 
@@ -166,12 +164,10 @@ def _move(key: int, source: set[int], target: set[int]) -> None:
     target.add(key)
 
 
-def _improve(future: Future, held: set[int], outside: set[int], keep: set[int]) -> list[int]:
-    """Swap the nearest outsider with the farthest resident outside `keep` while that helps."""
+def _improve(future: Future, held: set[int], outside: set[int]) -> list[int]:
     evicted: list[int] = []
-    while outside and held - keep:
-        newcomer = future.best(outside)
-        leaver = future.worst(held - keep)
+    while outside and held:
+        newcomer, leaver = future.best(outside), future.worst(held)
         if future.next_use(newcomer) >= future.next_use(leaver):
             break
         held.remove(leaver)

@@ -360,7 +360,7 @@ class PlainModel:
             self.env.process(self.link.carry(*chunk))
 
     def _refill_while_spinning(self) -> list[Event]:
-        """Chunks are handed over one by one, after those already being so, while polling goes on."""
+        """Chunks are handed over one by one, behind those under way; the polling goes on."""
         return [
             self.env.process(self._hand_over(*chunk, self.hands.request()))
             for chunk in self._refill()
