@@ -356,7 +356,6 @@ def plot_command(
     Example: moesim plot out/demo
     """
     from sim.plots import draw_breakdown, draw_hits, draw_pareto
-
     from sim.sweeps import read_results
 
     frame = read_results(directory)

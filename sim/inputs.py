@@ -39,7 +39,7 @@ class TraceSource(Protocol):
 
 
 def set_aside(requests: Sequence[int], share: float) -> list[int]:
-    """The requests that fitted policies learn from: ``share`` of them (at least one), evenly spread.
+    """The requests that fitted policies learn from: a ``share``, at least one, evenly spread.
 
     Evenly spread rather than the first ones, so that all domains of a trace that is ordered by
     domain are on both sides.

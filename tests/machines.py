@@ -1,4 +1,4 @@
-"""Small workloads, a constant timing, and a machine that checks itself, for tests of the simulator."""
+"""Small workloads, a constant timing, and a machine that checks itself."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def random_workload(
 
 
 class CheckedMachine(Machine):
-    """Fails when something impossible happens: an expert used before it landed, time running back."""
+    """Fails when an expert is used before it landed, or time runs back."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, bursts=False, **named)

@@ -195,7 +195,10 @@ def test_a_sweep_without_one_good_point_fails(moesim, trace_dir: Path, tmp_path:
 
 def test_the_installed_command_runs() -> None:
     """The console script, as a user calls it, without torch imported."""
-    code = "import sys, cli; sys.argv=['moesim', 'policies']\ntry: cli.main()\nfinally: assert 'torch' not in sys.modules"
+    code = (
+        "import sys, cli; sys.argv=['moesim', 'policies']\n"
+        "try: cli.main()\nfinally: assert 'torch' not in sys.modules"
+    )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("accuracy-q")

@@ -362,8 +362,8 @@ CLAUSES = {
         _with_host(TICK, step_ns=10),
     ),
     "a busy host names no chunk before its spin begins": (
-        replace(ONE_LAYER, window=3, params={"chunks": 2}),
-        _with_host(TICK, copy_issue_ns=10),
+        Case(policy="oracle-prefetch", layers=2, top_k=3, steps=2, seed=2, params={"chunks": 2}),
+        replace(TICK, host=HostCosts(16, 16, 1, 4, 22, 26), segment=20, experts=15),
     ),
     "a spin lasts until the hand-over under way ends": (
         replace(ONE_LAYER, params={"chunks": 3}),

@@ -158,7 +158,8 @@ def test_static_never_sees_the_requests_it_is_judged_on(trace_dir: Path) -> None
         ("trace: [\n", "line"),
         ("trace: sample\npolicies: [lru]\nhardware: [t4-pcie3]\nbudget: 3\n", "budget"),
         (
-            "trace: sample\npolicies: [lru]\nhardware: [t4-pcie3]\nexpert_budgets: [25%]\nwindow: 0\n",
+            "trace: sample\npolicies: [lru]\nhardware: [t4-pcie3]\nexpert_budgets: [25%]\n"
+            "window: 0\n",
             "window",
         ),
     ],
