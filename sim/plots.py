@@ -16,7 +16,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -42,6 +41,7 @@ from sim.ranking import (
     systems,
     three_figures,
     winner_at_knee,
+    without_slivers,
 )
 
 _DPI = 150
@@ -292,7 +292,7 @@ def _draw_front(axes: Axes, points: pd.DataFrame) -> None:
     line = front(points)
     if line.empty:
         return
-    drawn = _without_slivers(line)
+    drawn = without_slivers(line)
     axes.plot(
         drawn["memory.peak_bytes"] / _GIB,
         drawn["tpot_ms.mean"],
@@ -318,14 +318,6 @@ def _draw_front(axes: Axes, points: pd.DataFrame) -> None:
         fontsize=9,
         color=_INK,
     )
-
-
-def _without_slivers(line: pd.DataFrame) -> pd.DataFrame:
-    """The front less the points that save a sliver of memory: drawn, they make a saw of it."""
-    memory = line["memory.peak_bytes"].to_numpy(np.float64)
-    saved = np.diff(memory, append=np.inf)
-    keep: npt.NDArray[np.bool_] = saved >= 0.02 * np.ptp(memory)
-    return line[keep]
 
 
 def _mark_limit(axes: Axes, points: pd.DataFrame) -> None:
@@ -392,14 +384,15 @@ def _hits_figure(points: pd.DataFrame, cast: _Cast) -> Figure:
     best = bounds.groupby("expert_share")["decode.hit_rate"].max()
     figure = Figure(figsize=(_WIDTH_INCHES, 5.2))
     panels = figure.subplots(1, 1 if best.empty else 2, sharex=True, squeeze=False)[0]
+    shares = sorted(contested["expert_share"].unique())
     for axes in panels:
-        _share_axis(axes, sorted(contested["expert_share"].unique()))
+        _share_axis(axes, shares)
     left = panels[0]
-    left.axline((0, 0), slope=1, color=_PALE, linestyle=":", zorder=1)
+    left.plot((0, 1), (0, 1), color=_PALE, linestyle=":", zorder=1)
     _hit_lines(left, contested, cast)
     _hit_line(left, contested, BASELINE, color=_INK, marker="x", linestyle="", clip_on=False)
     left.set(title="Decode hits", ylabel="hit rate (% of accesses)", ylim=(0, 1.02))
-    left.set_xlim(left=0)
+    left.set_xlim(0, 1.05 * max(shares, default=1))
     if not best.empty:
         short = contested.assign(
             **{
@@ -442,7 +435,8 @@ def _hit_lines(axes: Axes, points: pd.DataFrame, cast: _Cast) -> None:
 
 def _hit_line(axes: Axes, points: pd.DataFrame, label: str, **look: Any) -> None:
     own = points[points["label"] == label].sort_values("expert_share")
-    axes.plot(own["expert_share"], own["decode.hit_rate"], **look)
+    if not own.empty:  # an empty line without clipping would claim the figure's corner
+        axes.plot(own["expert_share"], own["decode.hit_rate"], **look)
 
 
 # ---------------------------------------------------------------------- where the time goes

@@ -77,6 +77,21 @@ _GIB = 2**30
 _WIDTH = 100
 _MOST_ROWS = 12
 _MOST_BOUNDS = 3
+_TEXT_COLUMNS = ("policy", "fastest", "runner-up")
+_LEAST_TEXT = 9
+_RANK_COLUMNS = (
+    "policy",
+    "TPOT ms",
+    "",
+    "speed-up",
+    "gap %",
+    "hits %",
+    "late %",
+    "stall ms",
+    "MB/token",
+    "TTFT ms",
+)
+_FEW_COLUMNS = 7  # of them, where the terminal is narrow
 
 
 def prepare(frame: pd.DataFrame) -> pd.DataFrame:
@@ -222,6 +237,16 @@ def pareto(frame: pd.DataFrame) -> pd.DataFrame:
     if len(found) > 1:
         raise ValueError(f"a front belongs to one system, not to {len(found)}: {'; '.join(found)}")
     return front(points).reset_index(drop=True)
+
+
+def without_slivers(line: pd.DataFrame) -> pd.DataFrame:
+    """A front less its points that take under 5 % less memory than the next, which is faster.
+
+    Policies round their slots differently at one budget, which puts a tooth beside each winner.
+    """
+    memory = line["memory.peak_bytes"].to_numpy(np.float64)
+    keep: npt.NDArray[np.bool_] = np.append(memory[:-1] <= 0.95 * memory[1:], True)
+    return line[keep[: len(line)]]
 
 
 def knee(line: pd.DataFrame) -> Row | None:
@@ -418,10 +443,11 @@ def _recommend(name: str, points: pd.DataFrame) -> Recommendation:
 def winner_at_knee(points: pd.DataFrame) -> Row | None:
     """The point to pick on one system: who wins at the budget of the front's :func:`knee`.
 
-    The winner over a run of budgets may tie with the knee's own policy; None without a knee.
+    The front is taken without slivers. The winner over a run of budgets may tie with the knee's
+    own policy; None without a knee.
     """
     options = choices(points)
-    bend = knee(front(options))
+    bend = knee(without_slivers(front(options)))
     if bend is None:
         return None
     budget = bend["expert_budget_bytes"]
@@ -558,7 +584,7 @@ def _one_winner(winner: Winner) -> str:
         where = f"from {winner.from_budget} up to {winner.to_budget}"
         cost = (
             f"{three_figures(winner.slowest_ms)} to {_ms(winner.fastest_ms)}, "
-            f"{_gibthree_figures(winner.least_gpu_bytes)} to {_gib(winner.most_gpu_bytes)}"
+            f"{_gib_figure(winner.least_gpu_bytes)} to {_gib(winner.most_gpu_bytes)}"
         )
     return f"{winner.policy} {where} ({cost}{ties})"
 
@@ -672,12 +698,12 @@ def _ms(value: float) -> str:
     return f"{three_figures(value)} ms"
 
 
-def _gibthree_figures(nbytes: float) -> str:
+def _gib_figure(nbytes: float) -> str:
     return f"{nbytes / _GIB:.1f}"
 
 
 def _gib(nbytes: float) -> str:
-    return f"{_gibthree_figures(nbytes)} GiB"
+    return f"{_gib_figure(nbytes)} GiB"
 
 
 def _percent(share: float) -> str:
@@ -696,20 +722,19 @@ def render_ranking(console: Console, frame: pd.DataFrame) -> None:
     for name in systems(points):
         own = ranked[ranked["system"] == name]
         if own["expert_budget_bytes"].nunique() > 1:
-            _print(console, _winner_table(console, name, own))
+            _print(console, f"{name}: fastest policy by budget", _winner_table(console, own))
     chosen = middle(systems(points))
     own = ranked[ranked["system"] == chosen]
     budget = middle_budget(points[points["system"] == chosen])
-    _print(console, _full_table(console, own[own["expert_budget_bytes"] == budget]))
+    group = own[own["expert_budget_bytes"] == budget]
+    _print(console, _full_title(group.iloc[0]), _full_table(console, group))
+    _say(console, "gap: time that the fastest bound would save; =: a tie, within 2 % of the first.")
     if is_estimated(points):
-        _say(console, "Time is estimated, not validated: differences under 2 % are ties (=).")
+        _say(console, "Time is estimated, not validated.")
 
 
-def _table(console: Console, title: str, columns: Sequence[str], gap: int) -> Table:
+def _table(console: Console, columns: Sequence[str], gap: int) -> Table:
     table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
         box=box.SIMPLE_HEAD if console.is_terminal else None,
         pad_edge=False,
         padding=(0, gap, 0, 0),
@@ -717,15 +742,22 @@ def _table(console: Console, title: str, columns: Sequence[str], gap: int) -> Ta
         caption_justify="left",
     )
     for column in columns:
-        text = column in ("fastest", "runner-up", "policy")
-        table.add_column(column, justify="left" if text else "right", no_wrap=not text)
+        if column in _TEXT_COLUMNS:
+            table.add_column(column, min_width=_LEAST_TEXT, overflow="fold")
+        else:
+            table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
-def _print(console: Console, table: Table) -> None:
-    """A pipe has no width of its own: there the table gets its full one."""
+def _width(console: Console) -> int:
+    """A pipe has no width of its own: there the tables get their full one."""
+    return min(console.width, _WIDTH) if console.is_terminal else _WIDTH
+
+
+def _print(console: Console, title: str, table: Table) -> None:
+    _say(console, title, style="bold")
     if console.is_terminal:
-        console.print(table, width=min(console.width, _WIDTH))
+        console.print(table, width=_width(console))
         return
     options = console.options.update(width=_WIDTH)
     lines = console.render_lines(table, options, pad=False)
@@ -734,13 +766,13 @@ def _print(console: Console, table: Table) -> None:
     _say(console, "")
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+def _say(console: Console, text: str, style: str | None = None) -> None:
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def _winner_table(console: Console, name: str, ranked: pd.DataFrame) -> Table:
+def _winner_table(console: Console, ranked: pd.DataFrame) -> Table:
     columns = ("budget", "GPU GiB", "fastest", "TPOT ms", "", "runner-up", "TPOT ms", "bound ms")
-    table = _table(console, f"{name}: fastest policy by budget", columns, gap=2)
+    table = _table(console, columns, gap=2)
     budgets = sorted(ranked["expert_budget_bytes"].unique())
     picked = _spread(budgets, _MOST_ROWS)
     for budget in picked:
@@ -763,10 +795,10 @@ def _winner_row(group: pd.DataFrame) -> list[str]:
     share = str(group["budget"].iloc[0])
     bound_ms = group.loc[group["kind"] == "bound", "tpot_ms"].min()
     if fitting.empty:
-        memory = _gibthree_figures(group["gpu_memory_bytes"].max())
+        memory = _gib_figure(group["gpu_memory_bytes"].max())
         return [share, memory, "none fits" if len(causal) else "none swept", "-", "", "-", "-", "-"]
     first = fitting.iloc[0]
-    memory = _gibthree_figures(first["gpu_memory_bytes"])
+    memory = _gib_figure(first["gpu_memory_bytes"])
     row = [share, memory, first["policy"], three_figures(first["tpot_ms"])]
     if len(fitting) < 2:
         return [*row, "", "-", "-", three_figures(bound_ms)]
@@ -775,28 +807,20 @@ def _winner_row(group: pd.DataFrame) -> list[str]:
     return [*row, sign, second["policy"], three_figures(second["tpot_ms"]), three_figures(bound_ms)]
 
 
+def _full_title(row: Row) -> str:
+    return (
+        f"{row['system']}, budget {row['budget']}: {_gib(row['expert_budget_bytes'])} of experts "
+        f"(speed-up over {row['faster_than']})"
+    )
+
+
 def _full_table(console: Console, group: pd.DataFrame) -> Table:
-    first = group.iloc[0]
-    title = (
-        f"{first['system']}, budget {first['budget']}: {_gib(first['expert_budget_bytes'])} of "
-        f"experts (speed-up over {first['faster_than']})"
-    )
-    columns = (
-        "policy",
-        "TPOT ms",
-        "",
-        "speed-up",
-        "gap %",
-        "hits %",
-        "late %",
-        "stall ms",
-        "MB/token",
-        "TTFT ms",
-    )
-    table = _table(console, title, columns, gap=1)
+    columns = _RANK_COLUMNS if _width(console) == _WIDTH else _RANK_COLUMNS[:_FEW_COLUMNS]
+    table = _table(console, columns, gap=1)
     shown = _shown(group)
     for row in shown.to_dict("records"):
-        table.add_row(*_full_row(row), style="dim" if row["kind"] != "causal" else None)
+        cells = _full_row(row)[: len(columns)]
+        table.add_row(*cells, style="dim" if row["kind"] != "causal" else None)
     notes = [f"{len(shown)} of {len(group)} policies"] if len(shown) < len(group) else []
     if not group["fits"].all():
         notes.append(f"{int((~group['fits']).sum())} do not fit the GPU")

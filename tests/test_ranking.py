@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from configs.errors import UserError
+from sim import SweepConfig, sweep
 from sim.ranking import (
     knee,
     middle_budget,
@@ -20,7 +21,9 @@ from sim.ranking import (
     recommend,
     render_ranking,
     three_figures,
+    without_slivers,
 )
+from tracer.trace import Trace
 
 GIB = 2**30
 EXPERTS = 8 * GIB
@@ -171,6 +174,18 @@ def test_knee_is_farthest_below_the_chord() -> None:
     bend = knee(line)
     assert bend is not None
     assert bend["memory.peak_bytes"] == 1  # 1 - 0.1 - 0.4 = 0.5 below, against 0.45 and 0
+
+
+def test_a_tooth_beside_a_winner_is_no_knee() -> None:
+    staged = {"memory.peak_bytes": round(0.97 * (FIXED + EXPERTS // 2))}
+    frame = pd.DataFrame(
+        [point("static", 0.5, 60.0, **staged), point("lru", 0.5, 20.0), point("lru", 0.75, 10.0)]
+    )
+    line = pareto(frame)
+    assert line["label"].tolist() == ["static", "lru", "lru"]
+    assert knee(line) is not None
+    assert without_slivers(line)["label"].tolist() == ["lru", "lru"]
+    assert "the front has no knee" in recommend(frame)[0].text
 
 
 @pytest.mark.parametrize("tpot", [[100.0, 0.0], [100.0, 50.0, 0.0], [100.0, 90.0, 0.0]])
@@ -400,10 +415,14 @@ def test_tables_for_a_pipe_are_plain_and_narrow() -> None:
     assert "oracle-prefetch 12.0 bound 6.67 - 50.0 5.0 6.00 2.00 100" in lines
 
 
-def test_tables_for_a_terminal_keep_to_its_width() -> None:
-    text = rendered(sweep_frame(), force_terminal=True, width=80, color_system=None)
-    assert max(len(line) for line in text.splitlines()) <= 80
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_tables_for_a_terminal_keep_to_its_width(width: int) -> None:
+    text = rendered(sweep_frame(), force_terminal=True, width=width, color_system=None)
+    tables = [line for line in text.splitlines() if "budget" not in line and "gap:" not in line]
+    assert max(len(line) for line in tables) <= min(width, 100)
     assert "─" in text
+    assert "next-gate" in text
+    assert ("TTFT ms" in text) == (width >= 100)
 
 
 def test_long_tables_are_cut_and_say_so() -> None:
@@ -456,3 +475,25 @@ def test_failed_points_and_column_types_do_not_matter() -> None:
     assert mixed["memory.fits"].dtype == object
     pd.testing.assert_frame_equal(rank(plain), rank(mixed), check_dtype=False)
     pd.testing.assert_frame_equal(rank(plain), rank(plain.sample(frac=1, random_state=0)))
+
+
+# ---------------------------------------------------------------------- on a real sweep
+
+
+@pytest.mark.parametrize(
+    "budgets", [{"expert_budgets": ("2/layer", "50%")}, {"budgets": ("2GiB", "1KiB")}]
+)
+def test_results_of_a_sweep_are_ranked(tiny_trace: Trace, budgets: dict[str, Any]) -> None:
+    names = ("resident", "on-demand", "lru", "next-gate", "belady")
+    config = SweepConfig(
+        trace="tiny",
+        policies=[{"name": name} for name in names],
+        hardware=("t4-pcie3",),
+        **budgets,
+    )
+    frame = sweep(config, trace=tiny_trace)
+    (advice,) = recommend(frame)
+    assert advice.system == "t4-pcie3, 12.3 GB/s"
+    assert advice.policy in names[:-1]
+    assert set(rank(frame)["policy"]) == set(names)
+    assert advice.system in rendered(frame)

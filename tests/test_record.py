@@ -297,15 +297,18 @@ def test_recording_again_gives_the_same_bytes(model_dir, tmp_path):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
-def test_fewer_prompts_give_the_beginning_of_the_same_trace(model_dir, tmp_path):
+def test_each_request_samples_with_a_seed_of_its_own(model_dir, tmp_path):
     record(model_dir, PROMPTS, tmp_path / "both", max_new_tokens=6)
     record(model_dir, PROMPTS[:1], tmp_path / "first", max_new_tokens=6)
-    both = Trace.open(tmp_path / "both").load(["token_id", "experts"])
-    first = Trace.open(tmp_path / "first").load(["token_id", "experts"])
-    rows = len(first["token_id"])
-    assert rows >= 4
-    assert (both["token_id"][:rows] == first["token_id"]).all()
-    assert (both["experts"][:rows] == first["experts"]).all()
+    record(model_dir, PROMPTS[1:], tmp_path / "second", max_new_tokens=6, seed=1)
+    both, first, second = (
+        Trace.open(tmp_path / out).load(["token_id", "experts"])
+        for out in ("both", "first", "second")
+    )
+    assert len(first["token_id"]) > 3
+    assert len(second["token_id"]) > 4
+    for name, values in both.items():
+        assert (values == np.concatenate([first[name], second[name]])).all()
 
 
 def test_draws_stay_in_the_nucleus_and_follow_the_probabilities():

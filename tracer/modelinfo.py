@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from configs.geometry import Geometry
 from tracer.tap import MoeBlock, find_moe_blocks
 
+SharedExperts = Literal["none", "before_gate", "after_gate"]
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -73,7 +74,7 @@ def expert_parts(model: nn.Module) -> list[dict[str, Any]]:
     return parts
 
 
-def _norms(experts: nn.Module) -> list[float]:
+def _norms(experts: Any) -> list[float]:
     squares = sum(
         parameter.detach().double().square().flatten(1).sum(1) for parameter in experts.parameters()
     )
@@ -105,7 +106,7 @@ def _segments(model: Any, blocks: list[MoeBlock], late_shared: bool) -> tuple[li
 
 
 @torch.inference_mode()
-def _probe(model: Any, blocks: list[MoeBlock]) -> tuple[str, int]:
+def _probe(model: Any, blocks: list[MoeBlock]) -> tuple[SharedExperts, int]:
     """Run one token; return where shared experts run, and the KV cache's bytes a token."""
     order: list[str] = []
     shared = [m for n, m in blocks[0].block.named_children() if n.startswith("shared_expert")]

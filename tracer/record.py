@@ -159,8 +159,8 @@ def load_model(model_dir: str | Path, device: str = "cpu") -> tuple[Any, Any]:
     path = Path(model_dir)
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: no model lies here (config.json is missing); give its directory")
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device).eval()
-    return model, transformers.AutoTokenizer.from_pretrained(path)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(path)
 
 
 def _tokenize(

@@ -58,7 +58,7 @@ class Ragged:
 
     def with_entries(self, keys: IntArray, offsets: IntArray) -> Ragged:
         """Other keys for the same events, one token assignment each."""
-        return Ragged(keys, offsets, np.ones(len(keys), np.int32), self.layers)
+        return Ragged(keys, offsets, _ones(len(keys)), self.layers)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -116,6 +116,11 @@ def _key_dtype(size: int) -> Any:
     return np.int16 if size <= np.iinfo(np.int16).max else np.int32
 
 
+def _ones(size: int) -> IntArray:
+    """As many ones, in the memory of one."""
+    return np.broadcast_to(np.int32(1), (size,))
+
+
 def _one_row_a_step(experts: IntArray, num_experts: int) -> Ragged:
     """Single-token steps: ids are distinct already, and last use is the rank order."""
     _, layers, width = experts.shape
@@ -125,7 +130,7 @@ def _one_row_a_step(experts: IntArray, num_experts: int) -> Ragged:
     sizes = np.where(ran, width, 0).reshape(-1)
     offsets = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
     key_dtype = _key_dtype(layers * num_experts)
-    return Ragged(keys.astype(key_dtype), offsets, np.ones(len(keys), np.int32), layers)
+    return Ragged(keys.astype(key_dtype), offsets, _ones(len(keys)), layers)
 
 
 def _distinct_block(

@@ -1,0 +1,71 @@
+"""Run the benchmarks; a table for people, then one JSON object on the last line.
+
+    python -m tests.bench [pytest arguments]
+
+Exit status: pytest's.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def main(arguments: list[str]) -> int:
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch) / "benchmark.json"
+        status = pytest.main(
+            [
+                str(Path(__file__).parent),
+                *("-m", "bench", "-p", "no:cacheprovider", "--no-header", "--quiet"),
+                *(f"--benchmark-json={report}", "--benchmark-quiet"),
+                # What failed is told by the test; an error about a missing report would hide it.
+                *("-W", "default:Not saving anything"),
+                *arguments,
+            ]
+        )
+        if not report.exists():
+            return int(status)
+        benchmarks = json.loads(report.read_text(encoding="utf-8"))["benchmarks"]
+    figures = [benchmark["extra_info"] for benchmark in benchmarks]
+    compared = [each for each in figures if "ratio" in each]
+    memory = [each for each in figures if "peak_rss_bytes" in each]
+    for line in [*_table(compared), *map(_memory_line, memory)]:
+        print(line)
+    print(json.dumps({"passed": int(status) == 0, "cases": compared, "memory": memory}))
+    return int(status)
+
+
+def _table(cases: list[dict[str, Any]]) -> list[str]:
+    if not cases:
+        return []
+    head = f"{'case':30} {'hit rate':>8} {'lean, accesses/s':>32} {'plain, accesses/s':>32}"
+    return [f"{head} {'ratio':>22}", *map(_row, cases)]
+
+
+def _row(case: dict[str, Any]) -> str:
+    lean = _spread(case["lean_accesses_per_s"], case["lean_range"])
+    plain = _spread(case["plain_accesses_per_s"], case["plain_range"])
+    low, high = case["ratio_range"]
+    ratio = f"{case['ratio']:.2f} ({low:.2f} to {high:.2f})"
+    return f"{case['case']:30} {case['hit_rate']:8.1%} {lean:>32} {plain:>32} {ratio:>22}"
+
+
+def _spread(middle: int, ends: list[int]) -> str:
+    return f"{middle:,} ({ends[0]:,} to {ends[1]:,})"
+
+
+def _memory_line(case: dict[str, Any]) -> str:
+    return (
+        f"{case['accesses']:,} accesses through lru: peak {case['peak_rss_bytes'] / 1e6:.0f} MB, "
+        f"{case['seconds']:.1f} s, {case['accesses'] / case['seconds']:,.0f} accesses/s"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
