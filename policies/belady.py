@@ -77,6 +77,7 @@ class BeladyGlobal(_Future):
         super().on_event(layer, keys)
         for key in keys:
             heapq.heappush(self._heap, (-self.next_use[key], key))
+        self._compact()
 
     def on_insert(self, key: int) -> None:
         """A prefetched key has no entry yet."""
@@ -84,6 +85,7 @@ class BeladyGlobal(_Future):
         heapq.heappush(self._heap, (-self.next_use[key], key))
 
     def _compact(self) -> None:
+        """Drop outdated entries when they are many; members still to come get theirs on entry."""
         holders = self.holders[0]
         if len(self._heap) > 64 + 8 * len(holders):
             self._heap = [(-self.next_use[key], key) for key in holders]
@@ -91,7 +93,6 @@ class BeladyGlobal(_Future):
 
     def victim(self, pool: int, barred: Collection[int]) -> int | None:
         """Pop until an entry is current, resident and free to leave; put the others back."""
-        self._compact()
         heap, holders = self._heap, self.holders[0]
         kept: list[tuple[int, int]] = []
         found = None
@@ -119,16 +120,18 @@ class BeladyBypass(_Future):
         return sorted((key for key in candidates if self.state[key] == RESIDENT), key=self.rank)
 
     def refused(self, layer: int, keys: Keys, misses: Keys) -> Collection[int]:
-        """Misses that no resident outside the event should make room for."""
+        """Misses that are not worth keeping, or whose slot a member of the event still needs.
+
+        Worth keeping are the nearest next uses among residents and misses, as many as slots.
+        """
         pool = self.core.plan.pool_of_layer[layer]
         free = self.core.memory.free[pool] // self.core.memory.unit_of[misses[0]]
-        ranked = sorted(misses, key=lambda key: (self.next_use[key], key))
-        admitted = set(ranked[:free])
-        for key, out in zip(ranked[free:], self._leaving(pool, keys), strict=False):
-            if self.next_use[key] >= self.next_use[out]:
-                break
-            admitted.add(key)
-        return set(misses) - admitted
+        residents = self._leaving(pool, ())
+        nearest = sorted((*residents, *misses), key=lambda key: (self.next_use[key], key))
+        kept = set(nearest[: free + len(residents)])
+        room = free + len(set(residents).difference(kept, keys))
+        wanted = [key for key in nearest if key in kept and key in misses]
+        return set(misses).difference(wanted[:room])
 
     def adopt(self, layer: int, staged: Keys, coming: Collection[int]) -> Iterable[tuple[int, int]]:
         """Staged experts nearer than residents (members of the event included) take their slots."""

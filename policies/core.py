@@ -102,6 +102,7 @@ class DecisionCore:
             type(policy.miss_rule).on_misses is not MissRule.on_misses
         )
         self._strict = options.order != "cached-first"
+        self._one_precision = shape.precisions == 1
         self._one_pool = len(plan.capacity) == 1
         self._chunk_bytes = [split_chunks(size, options.chunks) for size in self.memory.bytes_of]
         self._pending: list[list[int]] = []
@@ -159,7 +160,11 @@ class DecisionCore:
         counters.events += 1
         counters.accesses += len(keys)
         counters.hits += len(hits)
-        counters.hit_bytes += len(hits) * self.shape.bytes_by_layer[layer]
+        counters.hit_bytes += (
+            len(hits) * self.shape.bytes_by_layer[layer]
+            if self._one_precision
+            else sum(self.memory.bytes_of[key] for key in hits)
+        )
         if self._prefetcher is not None:
             self._settle_predictions(layer, keys)
             if self._prefetched:
@@ -239,17 +244,21 @@ class DecisionCore:
             self.guarded.add(key)
             if state[key] == RESIDENT:
                 resident.append(key)
-            elif key in self.parked:
-                self.queue.push_low(self.parked.pop(key))
-            elif state[key] == ABSENT:
-                self._seq += 1
+                continue
+            parked = self.parked.pop(key, None)
+            if parked is None and state[key] != ABSENT:
+                continue
+            self._seq += 1
+            if parked is None:
                 copy = Copy(key, layer, self._chunk_bytes[key], self._seq, False, source)
                 self.copies[key] = copy
-                if priorities:
-                    copy.priority = priorities[index]
                 state[key] = QUEUED
-                self.queue.push_low(copy)
                 tally.prefetch_issued += 1
+            else:
+                copy = parked
+                copy.seq = self._seq
+            copy.priority = priorities[index] if priorities else 0.0
+            self.queue.push_low(copy)
         if resident:
             self._rule.on_predicted(resident)
 
@@ -267,7 +276,7 @@ class DecisionCore:
         copy = self.copies.get(key)
         if copy is None or copy.high:
             return False
-        self.queue.promote(copy)
+        self._raise(copy)
         return True
 
     def reprioritise(self, priorities: Mapping[int, float]) -> None:
@@ -392,13 +401,15 @@ class DecisionCore:
 
     def _waves(self, layer: int, keys: Keys, hits: list[int]) -> list[list[int]]:
         """Split an event into waves that fit: residents first, unless the order is strict."""
-        units = self.memory.unit_of[keys[0]] if keys else 1
+        units = self.memory.unit_of
         refused = self._refused
-        capacity = self.plan.capacity[self.plan.pool_of_layer[layer]] // units
+        capacity = self.plan.capacity[self.plan.pool_of_layer[layer]]
         slots = self.plan.staging_slots
+        # No member is larger than the layer's experts at full precision.
+        largest = units[layer * self.shape.experts]
         if self._strict:
             order = self._ordered(keys)
-        elif len(keys) - len(refused) <= capacity and len(refused) <= slots:
+        elif (len(keys) - len(refused)) * largest <= capacity and len(refused) <= slots:
             return [list(keys)]
         else:
             state = self._state
@@ -408,12 +419,14 @@ class DecisionCore:
         cached = staged = 0
         for key in order:
             goes_to_staging = key in refused
-            full = staged == slots if goes_to_staging else cached == capacity
+            full = staged == slots if goes_to_staging else cached + units[key] > capacity
             if full:
                 waves.append([])
                 cached = staged = 0
-            staged += goes_to_staging
-            cached += not goes_to_staging
+            if goes_to_staging:
+                staged += 1
+            else:
+                cached += units[key]
             waves[-1].append(key)
         return waves
 
@@ -452,11 +465,16 @@ class DecisionCore:
 
     def _await(self, copy: Copy) -> None:
         copy.awaited = True
-        if self.parked.pop(copy.key, None) is not None:
-            copy.high = True
-            self.queue.push_high(copy)
-        elif not copy.high:
+        if not copy.high:
+            self._raise(copy)
+
+    def _raise(self, copy: Copy) -> None:
+        """LOW, or set aside: HIGH from now on."""
+        if self.parked.pop(copy.key, None) is None:
             self.queue.promote(copy)
+            return
+        copy.high = True
+        self.queue.push_high(copy)
 
     def _route(self, layer: int, keys: Keys) -> Keys:
         assert self._miss_rule is not None
@@ -520,7 +538,7 @@ class DecisionCore:
             if not self._make_room(key, pool, units, barred):
                 return False
         self._rule.on_insert(key)
-        if not copy.demand:
+        if not copy.demand and not copy.awaited:
             self.tally.prefetch_started += 1
             self._prefetched[key] = memory.bytes_of[key]
         return True
@@ -562,11 +580,13 @@ class DecisionCore:
             if self.parked.pop(key, None) is None:
                 self.queue.remove(copy)
         self.tally.evictions += 1
+        if self.guarded:
+            self.guarded.discard(key)
+            self.guard[self.memory.layer_of[key]].discard(key)
         if self._prefetched:
             wasted = self._prefetched.pop(key, None)
             if wasted is not None:
-                landed = wasted if copy is None else sum(copy.chunk_bytes[: copy.landed])
-                self.tally.wasted_prefetch_bytes += landed
+                self.tally.wasted_prefetch_bytes += wasted if copy is None else _landed(copy)
         self._rule.on_evict(key)
         if self.log is not None:
             self.log.append(("evict", self.step, self.layer, key))
@@ -611,13 +631,15 @@ class DecisionCore:
     def _count_abandoned(self, copy: Copy) -> None:
         """Chunks of a copy that never completed went over the link all the same."""
         self.tally.chunks += copy.landed
-        self.tally.copied_bytes += sum(copy.chunk_bytes[: copy.landed])
+        self.tally.copied_bytes += _landed(copy)
 
     def finish(self) -> Tally:
         """The run is over: prefetched experts that nobody used count as wasted."""
         for copy in self.copies.values():
             self._count_abandoned(copy)
-        self.tally.wasted_prefetch_bytes += sum(self._prefetched.values())
+        for key, nbytes in self._prefetched.items():
+            half = self.copies.get(key)
+            self.tally.wasted_prefetch_bytes += nbytes if half is None else _landed(half)
         self._prefetched.clear()
         return self.tally
 
@@ -649,3 +671,8 @@ class DecisionCore:
             self._evict(key)
         self._rule.reset()
         self._load_warm_set()
+
+
+def _landed(copy: Copy) -> int:
+    """Bytes of a copy that have arrived."""
+    return sum(copy.chunk_bytes[: copy.landed])

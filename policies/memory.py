@@ -33,6 +33,7 @@ class ExpertMemory:
         self.staging_free: int = plan.staging_slots
         self.staged: set[int] = set()
         self.slot_of: dict[int, int] = {}
+        self._one_size = min(self.bytes_of) == max(self.bytes_of)
         self._free_slots = self._number_slots()
         self._free_staging = self._number_staging()
 
@@ -97,10 +98,14 @@ class ExpertMemory:
             self._free_slots[pool].append(slot)
 
     def swap(self, staged: int, resident: int) -> None:
-        """``staged`` becomes a resident in the place of ``resident``: slots change roles, no copy.
+        """``staged`` becomes a resident in the place of ``resident``, which is absent afterwards.
 
-        Both must have one size. ``resident`` is absent afterwards.
+        Where all slots have one size, they change roles and nothing is copied; else the expert
+        moves into the resident's slot on the GPU, since a staging slot fits the largest expert.
         """
+        if not self._one_size and resident in self.slot_of:
+            kept, moved = self.slot_of.pop(resident), self.slot_of[staged]
+            self.slot_of[staged], self.slot_of[resident] = kept, moved
         self.staged.discard(staged)
         self.staged.add(resident)
         self.release(resident)

@@ -88,7 +88,7 @@ GLOBAL = {"lru-global": bruteforce.lru, "belady-global": bruteforce.belady}
 
 @pytest.mark.parametrize("name", PER_LAYER)
 @given(trace=small_traces(), slots=st.integers(1, 4))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_per_layer_caches_agree_with_brute_force(name, trace, slots):
     shape, steps = trace
     shape = one_size(shape)
@@ -101,7 +101,7 @@ def test_per_layer_caches_agree_with_brute_force(name, trace, slots):
 
 @pytest.mark.parametrize("name", GLOBAL)
 @given(trace=small_traces(), slots=st.integers(1, 8))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_global_caches_agree_with_brute_force_in_bytes(name, trace, slots):
     shape, steps = trace
     _, found = recorded(name, shape, steps, slots)
@@ -111,7 +111,7 @@ def test_global_caches_agree_with_brute_force_in_bytes(name, trace, slots):
 
 
 @given(trace=small_traces(), slots=st.integers(1, 4))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_bypass_hits_as_often_in_every_event_as_the_greedy_rule(trace, slots):
     """Which of two experts needed again by one event is kept is a matter of taste: counts agree."""
     shape, steps = trace
@@ -137,7 +137,7 @@ def crowded_layers(draw: st.DrawFn) -> tuple[Shape, Steps, int, int]:
 
 
 @given(case=crowded_layers())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_bypass_finds_the_most_hits_that_any_choice_gives(case):
     """With few staging slots too, where an event passes through them in waves."""
     shape, steps, slots, staging = case
@@ -146,7 +146,7 @@ def test_bypass_finds_the_most_hits_that_any_choice_gives(case):
 
 
 @given(trace=small_traces(most=2), slots=st.integers(2, 4))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_forced_belady_is_optimal_where_events_fit(trace, slots):
     shape, steps = trace
     shape = one_size(shape)

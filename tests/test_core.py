@@ -52,11 +52,16 @@ def lru_core(
     return DecisionCore(shape, plan, policy, Options(**options), log=log)
 
 
-def send(core: DecisionCore) -> Copy:
-    """Hand one chunk over."""
+def hand_over(core: DecisionCore) -> tuple[Copy, int]:
+    """Hand one chunk over; its copy and bytes."""
     handed = core.next_chunk()
     assert handed is not None
-    return handed[0]
+    return handed
+
+
+def send(core: DecisionCore) -> Copy:
+    """Hand one chunk over."""
+    return hand_over(core)[0]
 
 
 def land_all(core: DecisionCore) -> list[int]:
@@ -85,7 +90,7 @@ def test_an_expert_is_there_only_with_its_last_chunk():
     core.step_begin(0, "decode")
     wave = core.gate(0, [0, 1])
     assert (list(wave.ready), wave.waiting) == ([], 2)
-    handed = [core.next_chunk() for _ in range(6)]
+    handed = [hand_over(core) for _ in range(6)]
     assert [(copy.key, size) for copy, size in handed] == [
         (0, 4),
         (0, 4),

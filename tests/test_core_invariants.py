@@ -50,7 +50,7 @@ class Case:
     lookahead: dict[str, Steps]
     popularity: Any
     budget: int
-    given: dict[str, object] = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     window: int = 2
 
@@ -137,8 +137,8 @@ def _scope(name: str) -> str:
     return "global" if name in ("lru-global", "belady-global", "least-stale") else "layer"
 
 
-def _draw_options(name: str, rng: random.Random, layers: int) -> dict[str, object]:
-    given: dict[str, object] = {
+def _draw_options(name: str, rng: random.Random, layers: int) -> dict[str, Any]:
+    given: dict[str, Any] = {
         "order": rng.choice(["cached-first", "touch", "id"]),
         "chunks": rng.choice([1, 2, 3, 4]),
         "preempt": rng.random() < 0.7,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +19,7 @@ UNEVEN = shape_of(2, 3, 2, (30, 20))
 EVEN = shape_of(2, 3, 2, 10)
 
 
-def memory_of(shape: Shape, scope: str, budget: int, **plan: int) -> ExpertMemory:
+def memory_of(shape: Shape, scope: str, budget: int, **plan: Any) -> ExpertMemory:
     return ExpertMemory(shape, plan_memory(shape, scope, budget, **plan))
 
 

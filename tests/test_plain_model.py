@@ -437,9 +437,9 @@ def test_a_policy_that_asks_for_the_time_hears_the_same(timing: OddTiming) -> No
 
 # ---------------------------------------------------------------------- random cases
 
-SMALL = st.integers(1, 6)
-HOSTS = st.builds(HostCosts, SMALL, SMALL, SMALL, SMALL, st.integers(1, 25), st.integers(1, 40))
-LINKS = st.builds(LinkCosts, st.sampled_from([10**9, 7 * 10**8]), st.integers(1, 9), SMALL)
+SMALL = st.integers(0, 6)
+HOSTS = st.builds(HostCosts, SMALL, SMALL, SMALL, SMALL, st.integers(0, 25), st.integers(0, 40))
+LINKS = st.builds(LinkCosts, st.sampled_from([10**9, 7 * 10**8]), st.integers(0, 9), SMALL)
 PPM = st.sampled_from([0, 130_000, 500_000, 1_000_003])
 TIMES = st.integers(1, 60)
 RANDOM_TIMINGS = st.builds(
