@@ -8,6 +8,7 @@ scheduled urgent, so that at one instant a landing comes before the host's own s
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 from simpy.events import URGENT, Event
@@ -34,7 +35,8 @@ class ChunkSource(Protocol):
 class Link:
     """One host-to-device copy engine.
 
-    ``spinning``: the host polls, so a landing is noticed at once; it is busy until ``host_free``.
+    ``spinning``: the host polls (from ``spin_from`` on), so a landing is noticed at once; it is
+    busy handing over until ``host_free``. ``poll`` is what it does at a completion.
     ``current``: the SimPy event of the chunk under way, None when idle. ``intervals``: the link's
     busy periods ``[start, end]``, maximal, for the GPU's slowdown; the reader prunes them.
     """
@@ -52,11 +54,13 @@ class Link:
         self.source = source
         self.window = window
         self.spinning = False
+        self.spin_from = 0
         self.host_free = 0
+        self.poll: Callable[[int], object] = self.refill
         self.current: Event | None = None
         self.intervals: deque[list[int]] = deque()
         self.busy_ns = 0
-        self.cpu_busy_until = 0
+        self.cpu_from = self.cpu_until = 0
         self._costs = costs
         self._issue_ns = issue_ns
         self._cpu_slowdown_ppm = cpu_slowdown_ppm
@@ -64,6 +68,7 @@ class Link:
         self._waiting: deque[tuple[Copy, int, int]] = deque()
         self._moving: Copy | None = None
         self._on_landing = self._landed
+        self._owed = False
         self._end = 0
 
     @property
@@ -105,7 +110,7 @@ class Link:
         else:
             start = previous
             wire += self._costs.gap_ns
-        if start < self.cpu_busy_until:
+        if self.cpu_from <= start < self.cpu_until:
             wire += wire * self._cpu_slowdown_ppm // _PPM
         self._end = end = start + wire
         self.intervals[-1][1] = end
@@ -131,5 +136,35 @@ class Link:
         self.current = None
         if self._waiting:
             self._begin(*self._waiting.popleft())
-        if self.spinning:
-            self.refill(self.env._now)
+        if not self.spinning:
+            return
+        if self.env._now >= self.spin_from:
+            self.poll(self.env._now)
+        else:
+            self.owe_poll()
+
+    def owe_poll(self) -> None:
+        """Something completed while the host is busy: it polls when its spin begins."""
+        if self._owed:
+            return
+        self._owed = True
+        event = Event(self.env)
+        event._ok = True
+        event._value = None
+        event.callbacks.append(self._pay_poll)
+        self.env.schedule(event, URGENT, self.spin_from - self.env._now)
+
+    def _pay_poll(self, _: Event) -> None:
+        self._owed = False
+        self.poll(self.env._now)
+
+    def spin(self, now: int) -> None:
+        """The host begins to poll at ``now``, which may lie ahead of the environment's time."""
+        self.spinning = True
+        self.spin_from = self.host_free = now
+
+    @property
+    def still_handing(self) -> bool:
+        """Whether something may complete before the hand-over under way ends."""
+        free = self.host_free
+        return free > self.env._now and self._moving is not None and self._end <= free

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from heapq import heappop, heappush
+from typing import Any
 
-from simpy.events import Event
+from simpy.events import URGENT, Event
 
 from policies.core import DecisionCore, Wave
 from policies.interface import Prediction
@@ -75,8 +76,9 @@ class Machine:
         self.clock = 0
         self._bursts = bursts and core.options.order == "cached-first"
         self._cpu_free = 0
-        self._unsettled = 0
-        self._due: list[Prediction] = []
+        # Predictions in the making: (finished at, serial number, prediction), a heap.
+        self._coming: list[tuple[int, int, Prediction]] = []
+        self._announced = 0
         self._experts_ns: dict[tuple[int, int, int], int] = {}
         # One token assigned to each expert: a decode step of one request.
         self._decode_ns = [
@@ -86,7 +88,8 @@ class Machine:
         self._segments_ns: dict[tuple[int, int], list[int]] = {}
         self._queue = core.queue
         self._state = core.memory.state
-        core.clock_ns = lambda: self.clock
+        self.link.poll = self._poll
+        core.clock_ns = lambda: max(self.clock, self.env._now)
 
     def run(self) -> None:
         """Simulate the whole workload."""
@@ -102,10 +105,13 @@ class Machine:
         for step in self.workload.steps():
             begin = now
             marks = (*self.gpu.busy_ns, self.stall_late, self.stall_miss, self.stall_cpu)
+            now += self.timing.host.step_ns
+            if link.current is not None or self._coming:
+                yield self.env.timeout(now - self.env._now)
+            self.clock = now
             for request in step.begins:
                 core.request_begin(request)
             core.step_begin(step.index, "decode" if step.prefill_tokens == 0 else "prefill")
-            now += self.timing.host.step_ns
             for prediction in core.predictions_at_step():
                 self._announce(prediction, now)
             now = yield from self._layers(step, kv_tokens, now)
@@ -144,7 +150,7 @@ class Machine:
                 continue
             now += host.segment_launch_ns
             gpu.submit(now, segments[layer], slowdown, SEGMENT)
-            if link.current is None and not self._unsettled and not self._queue.ready:
+            if link.current is None and not self._coming and not self._queue.ready:
                 now = gpu.end(SETTLED) + host.readback_ns
             else:
                 now = yield from self._spin_for_gpu(now)
@@ -189,7 +195,7 @@ class Machine:
     def _at_once(self, layer: int, wave: Wave, tokens: dict[int, int] | None, now: int) -> int:
         """What :meth:`_execute` does where nothing but the host can act; 0: it is not so."""
         queue = self._queue
-        if self.link.current is not None or self._unsettled or queue.low or wave.cpu:
+        if self.link.current is not None or self._coming or queue.low or wave.cpu:
             return 0
         now += self.timing.host.decision_ns
         if not wave.waiting:
@@ -202,10 +208,15 @@ class Machine:
         """Decide, refill, and launch the wave's groups as their experts are there."""
         link = self.link
         now += self.timing.host.decision_ns
-        if now > self.env._now and (link.current is not None or self._unsettled):
+        if now > self.env._now and (link.current is not None or self._coming):
             yield self.env.timeout(now - self.env._now)
+        self.clock = now
         now = link.refill(now)
-        cpu_end = self._start_cpu(layer, wave, tokens, now) if wave.cpu else 0
+        cpu_end = 0
+        if wave.cpu:
+            if now > self.env._now and link.current is not None:
+                yield self.env.timeout(now - self.env._now)
+            cpu_end = self._start_cpu(layer, wave, tokens, now)
         if wave.order is not None and wave.waiting:
             now = yield from self._in_order(layer, wave.order, tokens, now)
         else:
@@ -273,6 +284,14 @@ class Machine:
                     idle_from = now
                 if idle_from < seen:
                     self._book_stall(group[-1], seen - idle_from)
+            while done < len(ends) and ends[done] <= free:
+                if len(ends) < total:
+                    free += issue
+                    ends.append(link.occupy(sizes[len(ends)], free))
+                completed = completes[done]
+                done += 1
+                if completed is not None:
+                    group.append(completed)
             landed = done
             now = free if free > seen else seen
             now = self._launch(layer, [copy.key for copy in group], tokens, now)
@@ -283,22 +302,9 @@ class Machine:
         self, layer: int, waiting: int, tokens: dict[int, int] | None, now: int
     ) -> Generator[Event, Any, int]:
         """One launch for all that has landed since the last."""
-        env, link, landed, queue = self.env, self.link, self.core.landed, self._queue
+        landed = self.core.landed
         while waiting:
-            began = now
-            link.host_free = now
-            if self._unsettled or landed or (queue.ready and link.room):
-                if env._now < now:
-                    yield env.timeout(now - env._now)
-                self._poll(now)
-            link.spinning = True
-            while not landed:
-                yield link.current or self._no_copy()
-            if env._now < now:
-                yield env.timeout(now - env._now)
-            link.spinning = False
-            now = link.host_free if link.host_free > env._now else env._now
-            self._count_stall(landed[-1], began)
+            now = yield from self._spin_for_landing(None, now)
             group = [copy.key for copy in landed]
             landed.clear()
             waiting -= len(group)
@@ -309,30 +315,42 @@ class Machine:
         self, layer: int, order: list[int], tokens: dict[int, int] | None, now: int
     ) -> Generator[Event, Any, int]:
         """Strict order: the longest run that is there, then wait for the next expert."""
-        env, link, state, landed = self.env, self.link, self._state, self.core.landed
+        env, link, state = self.env, self.link, self._state
         at = 0
         while at < len(order):
-            began = now
-            link.host_free = now
-            if env._now < now and (link.current is not None or self._must_poll):
-                yield env.timeout(now - env._now)
-            self._poll(now)
-            link.spinning = True
-            waited = state[order[at]] != RESIDENT
-            while state[order[at]] != RESIDENT:
-                yield link.current or self._no_copy()
             if env._now < now and link.current is not None:
                 yield env.timeout(now - env._now)
-            link.spinning = False
-            now = max(now, link.host_free, env._now)
-            if waited:
-                self._count_stall(landed[-1], began)
             first = at
             while at < len(order) and state[order[at]] == RESIDENT:
                 at += 1
-            now = self._launch(layer, order[first:at], tokens, now)
-        landed.clear()
+            if at > first:
+                now = self._launch(layer, order[first:at], tokens, now)
+            if at < len(order):
+                now = yield from self._spin_for_landing(order[at], now)
+        self.core.landed.clear()
         return now
+
+    def _spin_for_landing(self, key: int | None, now: int) -> Generator[Event, Any, int]:
+        """Poll until ``key`` (None: any awaited expert) is there and no hand-over is under way."""
+        env, link, state, landed = self.env, self.link, self._state, self.core.landed
+        queue, began = self._queue, now
+        disturbed = link.current is not None or bool(self._coming)
+        if disturbed and env._now < now and (landed or self._coming or queue.ready):
+            yield env.timeout(now - env._now)
+        link.spin(now)
+        if self._coming or queue.ready:
+            self._poll(now)
+        if not (landed if key is None else state[key] == RESIDENT):
+            while not (landed if key is None else state[key] == RESIDENT):
+                yield link.current or self._no_copy()
+            if env._now > began:
+                self._count_stall(landed[-1], began)
+            else:
+                yield env.timeout(began - env._now)
+        while link.still_handing or (self._coming and link.host_free > env._now):
+            yield env.timeout(link.host_free - env._now)
+        link.spinning = False
+        return link.host_free if link.host_free > env._now else env._now
 
     def _no_copy(self) -> Event:
         raise RuntimeError(
@@ -357,18 +375,12 @@ class Machine:
 
     # ------------------------------------------------------------------ spinning
 
-    @property
-    def _must_poll(self) -> bool:
-        """Whether a host that starts to spin finds something to do."""
-        return bool(self._unsettled) or (self.link.room and self._queue.ready)
-
     def _poll(self, now: int) -> None:
-        """Start of a spin: take in predictions that are there, refill the window."""
-        if self._due:
-            due, self._due[:] = list(self._due), []
-            for prediction in due:
-                self._unsettled -= 1
-                self.core.prediction_ready(prediction)
+        """Take in predictions that are finished, then refill the window."""
+        self.clock = now
+        coming = self._coming
+        while coming and coming[0][0] <= now:
+            self.core.prediction_ready(heappop(coming)[2])
         if self._queue.ready:
             self.link.refill(now)
 
@@ -376,16 +388,19 @@ class Machine:
         """Poll until everything submitted has run and its result is on the host."""
         env, link, gpu = self.env, self.link, self.gpu
         readback = self.timing.host.readback_ns
-        link.host_free = now
-        if env._now < now and self._must_poll:
-            yield env.timeout(now - env._now)
-        self._poll(now)
-        if link.current is None and not self._unsettled:
+        if self._coming or self._queue.ready:
+            if env._now < now and (link.current is not None or self._coming):
+                yield env.timeout(now - env._now)
+            link.spin(now)
+            self._poll(now)
+        else:
+            link.spin(now)
+        if link.current is None and not self._coming:
+            link.spinning = False
             return max(gpu.end(SETTLED) + readback, link.host_free)
-        link.spinning = True
         while True:
             done = gpu.end(link.known_until(env._now)) + readback
-            target = max(done, link.host_free)
+            target = done if done > link.host_free else link.host_free
             if target <= env._now:
                 break
             yield env.timeout(target - env._now)
@@ -400,14 +415,22 @@ class Machine:
         if cost == 0:
             self.core.prediction_ready(prediction)
             return
-        self._unsettled += 1
-        event = self.env.timeout(now + cost - self.env._now, prediction)
+        self._announced += 1
+        heappush(self._coming, (now + cost, self._announced, prediction))
+        event = Event(self.env)
+        event._ok = True
+        event._value = None
         event.callbacks.append(self._predicted)
+        self.env.schedule(event, URGENT, now + cost - self.env._now)
 
-    def _predicted(self, event: Event) -> None:
-        self._due.append(cast(Prediction, event.value))
-        if self.link.spinning:
+    def _predicted(self, _: Event) -> None:
+        link = self.link
+        if not link.spinning:
+            return
+        if self.env._now >= link.spin_from:
             self._poll(self.env._now)
+        else:
+            link.owe_poll()
 
     def _start_cpu(self, layer: int, wave: Wave, tokens: dict[int, int] | None, now: int) -> int:
         """The CPU workers take their experts; returns when the result is back."""
@@ -416,25 +439,29 @@ class Machine:
         duration = self.timing.cpu_experts_ns(layer, size, assigned)
         if self.link.current is not None:
             duration += duration * self.timing.cpu_slowdown_ppm // _PPM
-        self._cpu_free = max(now, self._cpu_free) + duration
-        self.link.cpu_busy_until = self._cpu_free
+        start = max(now, self._cpu_free)
+        self._cpu_free = start + duration
+        self.link.cpu_from, self.link.cpu_until = start, self._cpu_free
         return self._cpu_free
 
     def _join_cpu(self, cpu_end: int, now: int) -> Generator[Event, Any, int]:
         """Wait for the CPU's result and add it."""
         env, link = self.env, self.link
         began = now
-        if cpu_end > now:
-            link.host_free = now
-            if link.current is not None or self._unsettled:
-                if env._now < now and self._must_poll:
-                    yield env.timeout(now - env._now)
-                self._poll(now)
-                link.spinning = True
-                yield env.timeout(cpu_end - env._now)
-                link.spinning = False
+        active = link.current is not None or bool(self._coming)
+        if env._now < now and active and (self._coming or self._queue.ready):
+            yield env.timeout(now - env._now)
+        link.spin(now)
+        self._poll(now)
+        if link.current is None and not self._coming:
             now = max(cpu_end, link.host_free)
-            idle_from = max(began, self.gpu.end(link.known_until(cpu_end)))
+        else:
+            while (target := max(cpu_end, link.host_free)) > env._now:
+                yield env.timeout(target - env._now)
+            now = env._now
+        link.spinning = False
+        if cpu_end > began:
+            idle_from = max(began, self.gpu.end(link.known_until(now)))
             self.stall_cpu += max(0, cpu_end - idle_from)
         now += self.timing.host.experts_launch_ns
         self.gpu.submit(now, self.timing.combine_ns(), self.timing.experts_slowdown_ppm, EXPERTS)

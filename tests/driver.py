@@ -1,9 +1,10 @@
 """Drivers without a clock: they feed events to a decision core and let its copies land.
 
-:func:`run_instant` lands every copy at once, demand before prefetch. :func:`run_random` hands
-chunks over through a submission window and lets a random number of them land between events,
-predictions arriving late; a wave still waits for all of its experts. Both fail when a wave can
-never complete or when something is executed that is not resident.
+:func:`run_instant` lands every copy at once, demand before prefetch; :func:`run_burst` takes a
+wave's demand copies together, as the core offers for idle links. :func:`run_random` hands chunks
+over through a submission window and lets a random number of them land between events, predictions
+arriving late; a wave still waits for all of its experts. All fail when a wave can never complete
+or when something is executed that is not resident.
 """
 
 from __future__ import annotations
@@ -65,13 +66,27 @@ class InstantLink:
             self.core.chunk_done(handed[0])
             self.look()
 
-    def settle(self, waiting: int) -> None:
+    def settle(self, waiting: int) -> list[int]:
+        """Wait for a wave; the keys that landed for it, in order."""
         self.between()
         assert len(self.core.landed) == waiting, "a demanded copy cannot start"
+        return [copy.key for copy in self.core.landed]
 
     def look(self) -> None:
         if self.watch is not None:
             self.watch(self.core)
+
+
+class BurstLink(InstantLink):
+    """All demand copies of a wave start together, then land together."""
+
+    def settle(self, waiting: int) -> list[int]:
+        started = self.core.start_demands()
+        self.look()
+        self.core.land_demands(started)
+        self.look()
+        assert len(started) == waiting
+        return [copy.key for copy in started]
 
 
 class RandomLink(InstantLink):
@@ -101,12 +116,13 @@ class RandomLink(InstantLink):
             else:
                 self._land()
 
-    def settle(self, waiting: int) -> None:
+    def settle(self, waiting: int) -> list[int]:
         self.between()
         while len(self.core.landed) < waiting:
             handed = self._hand_over()
             assert handed or self.flying, "a demanded copy cannot start"
             self._land()
+        return [copy.key for copy in self.core.landed]
 
     def _deliver(self) -> None:
         if self.announced and self.rng.random() < 0.4:
@@ -144,6 +160,17 @@ def run_instant(
     begins); `counts`: token assignments of each key, as `steps` (default: one each).
     """
     return _run(core, InstantLink(core, watch), steps, requests, counts)
+
+
+def run_burst(
+    core: DecisionCore,
+    steps: Steps,
+    *,
+    watch: Watch | None = None,
+    requests: Sequence[int] | None = None,
+) -> list[Launch]:
+    """Feed `steps` to a policy that prefetches nothing, demand copies of a wave in one go."""
+    return _run(core, BurstLink(core, watch), steps, requests, None)
 
 
 def run_random(
@@ -215,11 +242,11 @@ def _run_event(
 
 
 def _launch(core: DecisionCore, link: InstantLink, wave: Wave) -> Launch:
+    landed: tuple[int, ...] = ()
     if wave.waiting:
-        link.settle(wave.waiting)
+        landed = tuple(link.settle(wave.waiting))
     else:
         link.between()
-    landed = tuple(copy.key for copy in core.landed) if wave.waiting else ()
     absent = [key for key in (*wave.ready, *landed) if core.memory.state[key] != RESIDENT]
     assert not absent, f"step {core.step}, layer {core.layer}: executed but not there: {absent}"
     return Launch(core.step, core.layer, tuple(wave.ready), landed, tuple(wave.cpu))

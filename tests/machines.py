@@ -104,7 +104,7 @@ class CheckedMachine(Machine):
         self.most_occupied = 0
         self.chunks = 0
         self.chunk_bytes = 0
-        self._parts: dict[int, int] = {}
+        self._parts: dict[Any, int] = {}
         self._last = 0
         inner = self.core.chunk_done
 
@@ -115,9 +115,9 @@ class CheckedMachine(Machine):
             awaited = inner(copy)
             self.chunks += 1
             self.chunk_bytes += size
-            self._parts[copy.seq] = self._parts.get(copy.seq, 0) + size
+            self._parts[copy] = self._parts.get(copy, 0) + size
             if copy.landed == copy.chunks:
-                assert self._parts.pop(copy.seq) == sum(copy.chunk_bytes)
+                assert self._parts.pop(copy) == sum(copy.chunk_bytes)
                 self.landed_at[copy.key] = self.env.now
             self.most_occupied = max(self.most_occupied, self.core.memory.occupied_bytes())
             return awaited
