@@ -2,7 +2,7 @@
 
 It is driven by SimPy events' callbacks, one event a chunk: when a chunk has landed the next one of
 the window starts, and the host (if it is spinning) refills the window. Chunk completions are
-scheduled urgent, so that at one instant a landing comes before the host's own step.
+scheduled so that at one instant a landing comes before anything the host does.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from simpy.events import URGENT, Event
+from simpy.events import Event
 
 from policies.transfers import Copy
-from sim.clock import Clock
+from sim.clock import LANDING, POLL, Clock
 from sim.timing import LinkCosts
 
 _PPM = 1_000_000
@@ -120,13 +120,7 @@ class Link:
     def _begin(self, copy: Copy, nbytes: int, ready: int) -> None:
         end = self.occupy(nbytes, ready)
         self._moving = copy
-        env = self.env
-        event = Event(env)
-        event._ok = True
-        event._value = None
-        event.callbacks.append(self._on_landing)
-        env.schedule(event, URGENT, end - env._now)
-        self.current = event
+        self.current = self.env.call_at(end, LANDING, self._on_landing)
 
     def _landed(self, _: Event) -> None:
         copy = self._moving
@@ -148,11 +142,7 @@ class Link:
         if self._owed:
             return
         self._owed = True
-        event = Event(self.env)
-        event._ok = True
-        event._value = None
-        event.callbacks.append(self._pay_poll)
-        self.env.schedule(event, URGENT, self.spin_from - self.env._now)
+        self.env.call_at(self.spin_from, POLL, self._pay_poll)
 
     def _pay_poll(self, _: Event) -> None:
         self._owed = False

@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from typing import Any
+from typing import Any, NoReturn
 
-from simpy.events import URGENT, Event
+from simpy.events import Event
 
 from policies.core import DecisionCore, Wave
 from policies.interface import Prediction
 from policies.memory import RESIDENT
 from policies.transfers import Copy
-from sim.clock import Clock
+from sim.clock import POLL, Clock
 from sim.gpu import EXPERTS, HEAD, SEGMENT, SETTLED, GpuStream
 from sim.link import Link
 from sim.timing import Timing
@@ -333,16 +333,21 @@ class Machine:
     def _spin_for_landing(self, key: int | None, now: int) -> Generator[Event, Any, int]:
         """Poll until ``key`` (None: any awaited expert) is there and no hand-over is under way."""
         env, link, state, landed = self.env, self.link, self._state, self.core.landed
-        queue, began = self._queue, now
+        began = now
         disturbed = link.current is not None or bool(self._coming)
-        if disturbed and env._now < now and (landed or self._coming or queue.ready):
+        if disturbed and env._now < now and (landed or self._must_poll):
             yield env.timeout(now - env._now)
         link.spin(now)
-        if self._coming or queue.ready:
+        if self._must_poll:
             self._poll(now)
         if not (landed if key is None else state[key] == RESIDENT):
             while not (landed if key is None else state[key] == RESIDENT):
-                yield link.current or self._no_copy()
+                if link.current is not None:
+                    yield link.current
+                elif env._now < began:
+                    yield env.timeout(began - env._now)
+                else:
+                    self._no_copy()
             if env._now > began:
                 self._count_stall(landed[-1], began)
             else:
@@ -352,7 +357,7 @@ class Machine:
         link.spinning = False
         return link.host_free if link.host_free > env._now else env._now
 
-    def _no_copy(self) -> Event:
+    def _no_copy(self) -> NoReturn:
         raise RuntimeError(
             f"step {self.core.step}, layer {self.core.layer}: an expert is awaited but no copy is "
             "under way"
@@ -375,6 +380,11 @@ class Machine:
 
     # ------------------------------------------------------------------ spinning
 
+    @property
+    def _must_poll(self) -> bool:
+        """Whether a host that starts to spin now finds something to do."""
+        return bool(self._coming) or (self._queue.ready and self.link.room)
+
     def _poll(self, now: int) -> None:
         """Take in predictions that are finished, then refill the window."""
         self.clock = now
@@ -388,13 +398,11 @@ class Machine:
         """Poll until everything submitted has run and its result is on the host."""
         env, link, gpu = self.env, self.link, self.gpu
         readback = self.timing.host.readback_ns
-        if self._coming or self._queue.ready:
-            if env._now < now and (link.current is not None or self._coming):
-                yield env.timeout(now - env._now)
-            link.spin(now)
+        if self._must_poll and env._now < now and (link.current is not None or self._coming):
+            yield env.timeout(now - env._now)
+        link.spin(now)
+        if self._must_poll:
             self._poll(now)
-        else:
-            link.spin(now)
         if link.current is None and not self._coming:
             link.spinning = False
             return max(gpu.end(SETTLED) + readback, link.host_free)
@@ -417,11 +425,7 @@ class Machine:
             return
         self._announced += 1
         heappush(self._coming, (now + cost, self._announced, prediction))
-        event = Event(self.env)
-        event._ok = True
-        event._value = None
-        event.callbacks.append(self._predicted)
-        self.env.schedule(event, URGENT, now + cost - self.env._now)
+        self.env.call_at(now + cost, POLL, self._predicted)
 
     def _predicted(self, _: Event) -> None:
         link = self.link

@@ -171,7 +171,7 @@ def test_forced_global_belady_is_optimal_where_events_fit(trace, slots):
 
 # ---------------------------------------------------------------------- gpt-oss-20b at 25 %
 
-QUICK_TOKENS = 20_000
+QUICK_TOKENS = 12_000
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ def gpt_oss(shared: Path) -> NDArray[np.int32]:
     ("name", "low", "high"), [("lru", 0.64, 0.68), ("belady", 0.75, 0.79)], ids=["lru", "belady"]
 )
 def test_gpt_oss_at_a_quarter_agrees_to_the_last_access(gpt_oss, name, tokens, low, high):
-    """6.2 million accesses in all; the quick suite replays the first 1.9 million."""
+    """6.2 million accesses in all; the quick suite replays the first 1.2 million."""
     steps = [[tuple(keys) for keys in token.tolist()] for token in gpt_oss[:tokens]]
     shape = shape_of(24, 32, 4)
     log: Log = []

@@ -418,6 +418,64 @@ CLAUSES = {
         replace(TWO_LAYERS, policy="accuracy-q", window=1, params={"q": 1.0, "chunks": 2}),
         replace(TICK, predictor_ns={"next_gate": 43}),
     ),
+    "a landing is told before a prediction that finishes at the same instant": (
+        Case(
+            policy="oracle-prefetch",
+            params={"order": "id", "cache": "lfu"},
+            slots=5.5,
+            window=3,
+            layers=2,
+            top_k=3,
+            steps=6,
+            batch=3,
+            uneven=True,
+        ),
+        replace(
+            TICK,
+            host=HostCosts(1, 4, 5, 3, 13, 1),
+            link=LinkCosts(10**9, 7, 3),
+            experts=23,
+            segment_slowdown_ppm=130_000,
+            predictor_ns={"oracle": 32},
+        ),
+    ),
+    "a spin refills places that came free while the host was busy": (
+        Case(
+            policy="oracle-prefetch",
+            params={"order": "id", "chunks": 2},
+            layers=2,
+            steps=2,
+            batch=2,
+            seed=3,
+        ),
+        replace(
+            TICK,
+            host=HostCosts(5, 39, 1, 6, 3, 5),
+            link=LinkCosts(10**9, 2, 1),
+            segment=10,
+            experts=16,
+            head=6,
+            predictor_ns={"oracle": 16},
+        ),
+    ),
+    "the last copy in flight lands while the host launches": (
+        Case(
+            policy="accuracy-q",
+            params={"order": "touch"},
+            window=1,
+            layers=2,
+            steps=2,
+            seed=2,
+        ),
+        replace(
+            TICK,
+            host=HostCosts(3, 37, 2, 1, 23, 1),
+            segment=19,
+            experts=4,
+            head=8,
+            predictor_ns={"next_gate": 1},
+        ),
+    ),
 }
 
 
