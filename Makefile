@@ -1,5 +1,6 @@
 # make demo   the main job on the shipped trace (no torch)
 # make test   lint, types and tests (installs torch and transformers)
+# make exhaustive  the slow checks against brute force
 # make bench  speed, beside a plain SimPy model of the same system
 PYTHON ?= python3
 JOBS ?= 2
@@ -7,7 +8,7 @@ DEMO ?= demo-out
 BIN = .venv/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test bench lint clean install
+.PHONY: demo test bench lint clean install exhaustive
 
 install: .venv/.light
 
@@ -35,6 +36,10 @@ lint: .venv/.full
 
 test: lint
 	$(BIN)/pytest -n $(JOBS)
+
+# Brute force against the core on every access of long traces: minutes.
+exhaustive: .venv/.full
+	$(BIN)/pytest -m exhaustive -n $(JOBS)
 
 bench: .venv/.full
 	$(BIN)/python -m tests.bench

@@ -4,7 +4,8 @@
 admit every miss they are optimal for equal sizes and one scope. ``belady-bypass`` may decline: it
 keeps, after each event, those whose next use is nearest among residents and the event's members.
 A miss whose slot would have to come from a member of the event itself is staged and takes over that
-member's slot once it is computed. It bounds every cache of the same scope, sizes and staging.
+member's slot once it is computed. It bounds every cache of the same scope, sizes and staging that
+executes cached-first; a strict order with too few staging slots may cost it hits.
 
 Source: Belady, IBM Systems Journal 5(2), 1966; bypass as in Michaud, "Some mathematical facts about
 optimal cache replacement", 2016. Ties leave by lowest (layer, expert).

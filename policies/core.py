@@ -223,44 +223,53 @@ class DecisionCore:
         Never more than the pool can hold beside what is already predicted for the layer: a
         prefetch must not throw out another prefetch of the same layer.
         """
-        state = self._state
-        guard = self.guard[layer]
-        tally = self.tally
-        room = self.plan.capacity[self.plan.pool_of_layer[layer]] - len(guard)
-        if self.plan.by_bytes:
-            room = self.plan.capacity[self.plan.pool_of_layer[layer]]
-        resident = []
         predicted = self._predicted[layer]
         if predicted is None:
-            predicted = self._predicted[layer] = set()
-        predicted.update(keys)
-        for index, key in enumerate(keys):
-            if key in guard:
-                continue
-            if room <= 0:
-                break
-            room -= self.memory.unit_of[key]
-            guard.add(key)
-            self.guarded.add(key)
+            self._predicted[layer] = set(keys)
+        else:
+            predicted.update(keys)
+        state = self._state
+        resident = []
+        for key in self._guard_new(layer, keys):
             if state[key] == RESIDENT:
                 resident.append(key)
-                continue
-            parked = self.parked.pop(key, None)
-            if parked is None and state[key] != ABSENT:
-                continue
-            self._seq += 1
-            if parked is None:
-                copy = Copy(key, layer, self._chunk_bytes[key], self._seq, False, source)
-                self.copies[key] = copy
-                state[key] = QUEUED
-                tally.prefetch_issued += 1
-            else:
-                copy = parked
-                copy.seq = self._seq
-            copy.priority = priorities[index] if priorities else 0.0
-            self.queue.push_low(copy)
+            elif state[key] == ABSENT or key in self.parked:
+                self._queue_low(key, layer, source, priorities and priorities[keys.index(key)])
         if resident:
             self._rule.on_predicted(resident)
+
+    def _guard_new(self, layer: int, keys: Keys) -> list[int]:
+        """Those of ``keys`` not guarded yet, as many as the pool holds beside the guarded ones."""
+        guard = self.guard[layer]
+        new = [key for key in keys if key not in guard]
+        room = self.plan.capacity[self.plan.pool_of_layer[layer]]
+        if self.plan.by_bytes:
+            # A guarded expert's bytes are in the pool or on their way: room is checked by the copy.
+            room //= self.memory.unit_of[layer * self.shape.experts]
+        else:
+            room -= len(guard)
+        if len(new) > room:
+            del new[max(room, 0) :]
+        guard.update(new)
+        if self._one_pool:
+            self.guarded.update(new)
+        return new
+
+    def _queue_low(
+        self, key: int, layer: int, source: str, priority: float | Sequence[float]
+    ) -> None:
+        """Queue a prefetch, or take one up again that was set aside."""
+        self._seq += 1
+        copy = self.parked.pop(key, None)
+        if copy is None:
+            copy = Copy(key, layer, self._chunk_bytes[key], self._seq, False, source)
+            self.copies[key] = copy
+            self._state[key] = QUEUED
+            self.tally.prefetch_issued += 1
+        else:
+            copy.seq = self._seq
+        copy.priority = priority if isinstance(priority, float) else 0.0
+        self.queue.push_low(copy)
 
     def cancel(self, key: int) -> bool:
         """Take back a queued prefetch none of whose chunks was handed over; False: too late."""
@@ -494,7 +503,8 @@ class DecisionCore:
         right = predicted.intersection(keys)
         tally.predicted_right += len(right)
         self._predicted[layer] = None
-        self.guarded -= self.guard[layer]
+        if self._one_pool:
+            self.guarded -= self.guard[layer]
         self.guard[layer].clear()
         if not self.options.preempt or not self.queue.low:
             return
@@ -527,14 +537,13 @@ class DecisionCore:
             memory.take_staging(key)
             return True
         pool = memory.pool_of[key]
-        free = memory.free
         units = memory.unit_of[key]
-        if free[pool] >= units:
+        if memory.free[pool] >= units:
             memory.take(key)
         else:
             barred: Collection[int] = self.pinned
             if not copy.high:
-                barred = self.pinned | (self.guarded if self._one_pool else self.guard[copy.layer])
+                barred = self._barred_to_low(copy.layer)
             if not self._make_room(key, pool, units, barred):
                 return False
         self._rule.on_insert(key)
@@ -542,6 +551,13 @@ class DecisionCore:
             self.tally.prefetch_started += 1
             self._prefetched[key] = memory.bytes_of[key]
         return True
+
+    def _barred_to_low(self, layer: int) -> Collection[int]:
+        """What a prefetch for ``layer`` must not throw out: the wave, and other prefetches."""
+        if self._one_pool:
+            return self.pinned | self.guarded
+        guard = self.guard[layer]
+        return self.pinned | guard if layer == self.layer else guard
 
     def _make_room(self, key: int, pool: int, units: int, barred: Collection[int]) -> bool:
         """Throw out as many residents as ``key`` needs, and give it the place."""
@@ -580,9 +596,8 @@ class DecisionCore:
             if self.parked.pop(key, None) is None:
                 self.queue.remove(copy)
         self.tally.evictions += 1
-        if self.guarded:
-            self.guarded.discard(key)
-            self.guard[self.memory.layer_of[key]].discard(key)
+        if self._prefetcher is not None:
+            self._unguard(key, self.memory.layer_of[key])
         if self._prefetched:
             wasted = self._prefetched.pop(key, None)
             if wasted is not None:
@@ -612,8 +627,12 @@ class DecisionCore:
         self.queue.remove(copy)
         del self.copies[copy.key]
         self._state[copy.key] = ABSENT
-        self.guard[copy.layer].discard(copy.key)
-        self.guarded.discard(copy.key)
+        self._unguard(copy.key, copy.layer)
+
+    def _unguard(self, key: int, layer: int) -> None:
+        self.guard[layer].discard(key)
+        if self._one_pool:
+            self.guarded.discard(key)
 
     def _adopt(self, layer: int) -> None:
         """Let the cache rule keep staged experts in the place of residents: slots change roles."""

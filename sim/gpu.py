@@ -17,21 +17,24 @@ _PPM = 1_000_000
 
 
 class GpuStream:
-    """Kernels submitted by the host. ``busy_ns`` by kind: SEGMENT, EXPERTS, HEAD."""
+    """Kernels submitted by the host. ``busy_ns`` by kind: SEGMENT, EXPERTS, HEAD.
+
+    ``pending``: kernels whose end is not settled, as :meth:`submit` takes them.
+    """
 
     def __init__(self, link: Link) -> None:
         self.busy_ns = [0, 0, 0]
         self._intervals = link.intervals
         self._free = 0
-        self._pending: deque[tuple[int, int, int, int]] = deque()
+        self.pending: deque[tuple[int, int, int, int]] = deque()
 
     def submit(self, earliest: int, nominal_ns: int, slowdown_ppm: int, kind: int) -> None:
         """Queue a kernel that may start at ``earliest``."""
-        self._pending.append((earliest, nominal_ns, slowdown_ppm, kind))
+        self.pending.append((earliest, nominal_ns, slowdown_ppm, kind))
 
     def end(self, known_until: int) -> int:
         """When everything submitted ends, given the link's activity up to ``known_until``."""
-        pending = self._pending
+        pending = self.pending
         free = self._free
         intervals = self._intervals
         while pending:
@@ -51,7 +54,7 @@ class GpuStream:
         return free
 
     def _estimate(self, free: int) -> int:
-        for earliest, nominal, slowdown, _ in self._pending:
+        for earliest, nominal, slowdown, _ in self.pending:
             free = self._run(earliest if earliest > free else free, nominal, slowdown)
         return free
 

@@ -53,6 +53,7 @@ class Link:
         self.env = env
         self.source = source
         self.window = window
+        self.room = window
         self.spinning = False
         self.spin_from = 0
         self.host_free = 0
@@ -71,11 +72,6 @@ class Link:
         self._owed = False
         self._end = 0
 
-    @property
-    def room(self) -> bool:
-        """Whether the window takes another chunk."""
-        return len(self._waiting) + (self._moving is not None) < self.window
-
     def known_until(self, now: int) -> int:
         """The link's activity is settled up to this instant."""
         return self._end if self._moving is not None else now
@@ -83,12 +79,13 @@ class Link:
     def refill(self, now: int) -> int:
         """The host hands over chunks while there is room; returns when it is free again."""
         free = now if now > self.host_free else self.host_free
-        room = self.window - len(self._waiting) - (self._moving is not None)
+        room = self.room
         while room > 0:
             chunk = self.source.next_chunk()
             if chunk is None:
                 break
             free += self._issue_ns
+            self.room -= 1
             if self._moving is None:
                 self._begin(chunk[0], chunk[1], free)
             else:
@@ -126,14 +123,16 @@ class Link:
         copy = self._moving
         assert copy is not None
         self.source.chunk_done(copy)
-        self._moving = None
-        self.current = None
+        self.room += 1
         if self._waiting:
             self._begin(*self._waiting.popleft())
+        else:
+            self._moving = self.current = None
         if not self.spinning:
             return
-        if self.env._now >= self.spin_from:
-            self.poll(self.env._now)
+        now = self.env._now
+        if now >= self.spin_from:
+            self.poll(now)
         else:
             self.owe_poll()
 

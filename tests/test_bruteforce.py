@@ -184,7 +184,7 @@ def gpt_oss(shared: Path) -> NDArray[np.int32]:
 
 
 @pytest.mark.parametrize(
-    "tokens", [QUICK_TOKENS, pytest.param(64_794, marks=pytest.mark.bench, id="all")]
+    "tokens", [QUICK_TOKENS, pytest.param(64_794, marks=pytest.mark.exhaustive, id="all")]
 )
 @pytest.mark.parametrize(
     ("name", "low", "high"), [("lru", 0.64, 0.68), ("belady", 0.75, 0.79)], ids=["lru", "belady"]

@@ -91,7 +91,7 @@ def distinct(
     non-decreasing, in [0, steps). Touch order by ``last-use`` (token, then rank) reproduces a
     real engine's log to the last access; ``first-use`` and ``id`` are the alternatives.
     """
-    if order not in TOUCH_ORDERS:
+    if order not in (*TOUCH_ORDERS, "best-first"):
         raise UserError(f"touch order '{order}' is unknown: choose {', '.join(TOUCH_ORDERS)}")
     rows, layers, _ = experts.shape
     starts = np.searchsorted(step_of_row, np.arange(steps + 1))
@@ -140,11 +140,11 @@ def _distinct_block(
     rows, layers, width = experts.shape
     event = step_of_row[:, None].astype(np.int64) * layers + np.arange(layers)
     group = (event[:, :, None] * num_experts + experts)[experts >= 0]
-    # Position of a use: (token, rank) within the layer; boolean indexing keeps row order.
-    position = np.broadcast_to(
-        (np.arange(rows)[:, None, None] * width + np.arange(width)), experts.shape
-    )[experts >= 0]
-    by_group = np.argsort(group, kind="stable")
+    # Position of a use: (token, rank), or (rank, token) where the best candidates go first.
+    token, rank = np.arange(rows)[:, None, None], np.arange(width)
+    used_at = rank * rows + token if order == "best-first" else token * width + rank
+    position = np.broadcast_to(used_at, experts.shape)[experts >= 0]
+    by_group = np.lexsort((position, group))
     group, position = group[by_group], position[by_group]
     edges = np.flatnonzero(np.concatenate(([True], group[1:] != group[:-1])))
     counts = np.diff(np.concatenate((edges, [len(group)])))
@@ -277,7 +277,7 @@ class Workload:
         return name in self._columns
 
     def predictions(self, name: str, width: int) -> Ragged:
-        """Distinct predicted experts of column ``name``, best first.
+        """Distinct predicted experts of column ``name``: every token's best, then the second best.
 
         The event (step, l) holds what the gate of layer ``l`` predicts, as keys of layer ``l``
         (callers move them to the layer that the column is about). ``width``: how many of the
@@ -290,7 +290,7 @@ class Workload:
                 "for: lower overfetch, or record more"
             )
         return distinct(
-            columns[:, :, :width], self.step_of_row, self.num_steps, self.num_experts, "first-use"
+            columns[:, :, :width], self.step_of_row, self.num_steps, self.num_experts, "best-first"
         )
 
     def steps(self) -> Iterator[Step]:
