@@ -384,7 +384,10 @@ class ModelConfig(BaseModel):
 
     def _mla_params(self) -> int:
         c = self.config
-        assert c.kv_lora_rank and c.qk_nope_head_dim and c.qk_rope_head_dim and c.v_head_dim
+        assert c.kv_lora_rank
+        assert c.qk_nope_head_dim
+        assert c.qk_rope_head_dim
+        assert c.v_head_dim
         heads = c.num_attention_heads
         queries = heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
         rank = c.q_lora_rank
@@ -411,7 +414,10 @@ class ModelConfig(BaseModel):
         c = self.config
         if self.architecture.kv_cache == "keys_values":
             return c.num_hidden_layers * 2 * c.num_key_value_heads * self._head_dim()
-        assert c.kv_lora_rank and c.qk_nope_head_dim and c.qk_rope_head_dim and c.v_head_dim
+        assert c.kv_lora_rank
+        assert c.qk_nope_head_dim
+        assert c.qk_rope_head_dim
+        assert c.v_head_dim
         if self.architecture.kv_cache == "mla_latent":
             return c.num_hidden_layers * (c.kv_lora_rank + c.qk_rope_head_dim)
         widths = c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim
