@@ -51,10 +51,13 @@ class _Future(ScoredRule):
 
     def on_event(self, layer: int, keys: Keys) -> None:
         """The event's members now look ahead to the use after it."""
-        start = self._bounds[layer] - self._base
-        next_use, following = self.next_use, self._step_next
-        for index, key in enumerate(keys, start):
-            next_use[key] = following[index]
+        start, stop = self._bounds[layer] - self._base, self._bounds[layer + 1] - self._base
+        next_use, following = self.next_use, self._step_next[start:stop]
+        if not self.core.as_recorded:
+            # The CPU computes some, or the routing was changed: the recorded event has them all.
+            keys = self._events.step(self.core.step)[layer]
+        for key, use in zip(keys, following, strict=True):
+            next_use[key] = use
 
     def score(self, key: int) -> float:
         """Nearer is worth more."""

@@ -101,6 +101,8 @@ class DecisionCore:
         self._has_cpu = policy.miss_rule is not None and (
             type(policy.miss_rule).on_misses is not MissRule.on_misses
         )
+        #: cache rules are told the recorded events, neither routed anew nor shared with the CPU
+        self.as_recorded = not (self._lossy or self._has_cpu)
         self._strict = options.order != "cached-first"
         self._one_precision = shape.precisions == 1
         self._one_pool = len(plan.capacity) == 1

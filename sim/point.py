@@ -92,7 +92,14 @@ def run_point(inputs: Inputs, point: Point) -> dict[str, Any]:
     policy = info.build(params, _policy_data(info, params, inputs, point, shape))
     plan = _plan(shape, policy, options, memory, point)
     core = DecisionCore(shape, plan, policy, options)
-    machine = Machine(workload, core, RooflineTiming(geometry, hardware), window=point.window)
+    machine = Machine(
+        workload,
+        core,
+        RooflineTiming(geometry, hardware),
+        window=point.window,
+        # A burst decides ahead of the clock: no place for a policy that asks for the time.
+        bursts=not info.time_dependent,
+    )
     machine.run()
     return {
         **_configuration(point, params, geometry, hardware, memory, plan),

@@ -6,6 +6,7 @@ import tracemalloc
 
 import pytest
 
+import policies
 from policies.capacity import MemoryPlan, plan_memory, uneven_plan
 from policies.core import DecisionCore, Wave
 from policies.errors import PolicyError
@@ -937,3 +938,24 @@ def run_instant_quietly(core: DecisionCore, steps: list[list[list[int]]]) -> Non
             core.gate(layer, keys)
             land_all(core)
             core.experts_done(layer)
+
+
+def test_belady_knows_next_uses_also_where_the_cpu_takes_a_part():
+    """Next uses belong to keys, not to places in what the cache rule is told."""
+
+    class SecondToCpu(MissRule):
+        def on_misses(self, layer, misses, tokens):
+            return [key for key in misses if key == 2]
+
+    steps = [[[2, 3, 1]], [[1]], [[2]], [[3]]]
+    shape = shape_of(1, 4)
+    data = policy_data(shape, steps)
+    built = policies.get("belady").build({}, data)
+    core = DecisionCore(
+        shape,
+        plan_memory(shape, "layer", 3 * EXPERT_BYTES),
+        Policy(built.cache, miss_rule=SecondToCpu()),
+    )
+    core.step_begin(0, "decode")
+    core.gate(0, [2, 3, 1])
+    assert {key: built.cache.next_use[key] for key in (1, 2, 3)} == {1: 1, 2: 2, 3: 3}
