@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from fractions import Fraction
-from math import ceil
 
 from configs.geometry import Geometry
 from configs.hardware import Hardware
@@ -90,6 +88,8 @@ class RooflineTiming(Timing):
     def __init__(self, geometry: Geometry, hardware: Hardware) -> None:
         self._geometry = geometry
         self._hardware = hardware
+        self._bytes_per_s = int(hardware.gpu_bytes_per_s)
+        self._flops_per_s = int(hardware.gpu_flops_per_s)
         self._segment_params = [size // 2 for size in geometry.segment_bytes_by_layer]
         self.host = HostCosts(
             segment_launch_ns=hardware.segment_launch_ns,
@@ -116,9 +116,9 @@ class RooflineTiming(Timing):
         }
 
     def _roofline(self, nbytes: int, flops: int, floor_ns: int) -> int:
-        memory = Fraction(nbytes * 1_000_000_000) / Fraction(self._hardware.gpu_bytes_per_s)
-        compute = Fraction(flops * 1_000_000_000) / Fraction(self._hardware.gpu_flops_per_s)
-        return max(ceil(memory), ceil(compute), floor_ns)
+        memory = -(-nbytes * 1_000_000_000 // self._bytes_per_s)
+        compute = -(-flops * 1_000_000_000 // self._flops_per_s)
+        return max(memory, compute, floor_ns)
 
     def segment_ns(self, layer: int, tokens: int, requests: int, kv_tokens: int) -> int:
         """Weights and the whole KV capacity are read; attention: 4 flops a pair and channel."""
@@ -143,8 +143,8 @@ class RooflineTiming(Timing):
     def cpu_experts_ns(self, layer: int, experts: int, assignments: int) -> int:
         """Weights streamed at the CPU's rate, once an expert."""
         nbytes = experts * self._geometry.expert_bytes_by_layer[layer]
-        streaming = Fraction(nbytes * 1_000_000_000) / Fraction(self._hardware.cpu_bytes_per_s)
-        return ceil(streaming) + self._hardware.cpu_transfer_ns
+        streaming = -(-nbytes * 1_000_000_000 // int(self._hardware.cpu_bytes_per_s))
+        return streaming + self._hardware.cpu_transfer_ns
 
     def combine_ns(self) -> int:
         """One small kernel."""

@@ -35,9 +35,11 @@ def main(arguments: list[str]) -> int:
     figures = [benchmark["extra_info"] for benchmark in benchmarks]
     compared = [each for each in figures if "ratio" in each]
     memory = [each for each in figures if "peak_rss_bytes" in each]
-    for line in [*_table(compared), *map(_memory_line, memory)]:
+    sweeps = [each for each in figures if "points" in each]
+    for line in [*_table(compared), *map(_memory_line, memory), *map(_sweep_line, sweeps)]:
         print(line)
-    print(json.dumps({"passed": int(status) == 0, "cases": compared, "memory": memory}))
+    result = {"passed": int(status) == 0, "cases": compared, "memory": memory, "sweeps": sweeps}
+    print(json.dumps(result))
     return int(status)
 
 
@@ -65,6 +67,10 @@ def _memory_line(case: dict[str, Any]) -> str:
         f"{case['accesses']:,} accesses through lru: peak {case['peak_rss_bytes'] / 1e6:.0f} MB, "
         f"{case['seconds']:.1f} s, {case['accesses'] / case['seconds']:,.0f} accesses/s"
     )
+
+
+def _sweep_line(case: dict[str, Any]) -> str:
+    return f"{case['points']} points in {case['jobs']} processes: {case['seconds']:.1f} s"
 
 
 if __name__ == "__main__":
