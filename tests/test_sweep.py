@@ -188,4 +188,4 @@ def test_max_tokens_takes_the_first_rows(trace_dir: Path) -> None:
 
 
 def test_the_demo_configuration_is_valid() -> None:
-    assert len(load_config("demo").points()) > 100
+    assert len(load_config("demo").points()) == 3 * (1 + 9 * 4)
