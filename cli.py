@@ -66,7 +66,7 @@ def _help_without_command(context: typer.Context) -> None:
 
 @importer.command("npz")
 def import_npz_command(
-    src: Annotated[Path, typer.Argument(help="NumPy archive with experts, scores, offsets.")],
+    src: Annotated[Path, typer.Argument(help="Arrays experts and scores [tokens, L, k], offsets.")],
     model: Model,
     out: Out,
 ) -> None:
@@ -176,11 +176,14 @@ def simulate_command(
     ],
     policy: Annotated[str, typer.Option("--policy", help="See moesim policies.")],
     budget: Annotated[
-        str | None, typer.Option("--budget", help="GPU memory for the whole model: 8GiB.")
+        str | None,
+        typer.Option(
+            "--budget", help="GPU memory for the whole model: 8GiB. This or --expert-budget."
+        ),
     ] = None,
     expert_budget: Annotated[
         str | None,
-        typer.Option("--expert-budget", help="GPU memory for experts: 4000MiB, 25% or 8/layer."),
+        typer.Option("--expert-budget", help="GPU memory for expert slots: 4000MiB, 25%, 8/layer."),
     ] = None,
     geometry: Annotated[
         str | None,
@@ -197,13 +200,14 @@ def simulate_command(
         typer.Option("--set", help="Policy parameter or common option, key=value; repeatable."),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", help="Only the trace's first N rows.")
+        int | None,
+        typer.Option("--max-tokens", help="Only the trace's first N tokens, prefill included."),
     ] = None,
     window: Annotated[
-        int, typer.Option("--window", help="Chunks handed to the copy engine at a time.")
+        int, typer.Option("--window", help="Copies queued in hardware; more delay demand copies.")
     ] = 2,
     touch_order: Annotated[
-        str, typer.Option("--touch-order", help="last-use, first-use or id.")
+        str, typer.Option("--touch-order", help="Recency in a step: last-use, first-use, id.")
     ] = "last-use",
     fit_share: Annotated[
         float | None,
@@ -294,7 +298,7 @@ def _print_result(result: dict[str, Any]) -> None:
 def sweep_command(
     config: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped sweep: demo.")],
     out: Annotated[
-        Path, typer.Option("--out", help="Directory for the results; an unfinished one goes on.")
+        Path, typer.Option("--out", help="Directory for results; a part of this sweep is resumed.")
     ],
     jobs: Annotated[int, typer.Option("--jobs", help="Processes.")] = 1,
 ) -> None:
@@ -302,21 +306,37 @@ def sweep_command(
 
     Example: moesim sweep demo --out out/demo --jobs 2
     """
-    from sim.sweeps import sweep
+    from sim.sweeps import load_config, sweep
+
+    chosen = load_config(config)
+    chosen.check()
+    kept = [0, 0]
+
+    def progress(done: int, total: int) -> None:
+        if kept[1] == 0 and done:
+            bar.console.print(f"{done} of {total} points found in {out}; going on")
+        kept[:] = done, total
+        bar.update(task, completed=done, total=total)
 
     with _progress() as bar:
         task = bar.add_task("points", total=None)
-        frame = sweep(
-            config,
-            out=out,
-            jobs=jobs,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+        try:
+            frame = sweep(chosen, out=out, jobs=jobs, progress=progress)
+        except KeyboardInterrupt:
+            bar.stop()
+            print(
+                f"moesim: interrupted: {kept[0]} of {kept[1]} points are kept in {out}; the same "
+                "command goes on",
+                file=sys.stderr,
+            )
+            raise SystemExit(130) from None
     _conclude(frame)
     failed = frame[frame["status"] == "failed"]
     for _, row in failed.iterrows():
         where = row["point.expert_budget"] or row["point.budget"]
         print(f"moesim: failed: {row['label']} at {where}: {row['error']}", file=sys.stderr)
+    if len(failed):
+        print(f"moesim: {len(failed)} of {len(frame)} points failed", file=sys.stderr)
     print(f"\n{len(frame) - len(failed)} of {len(frame)} points; table: {out / 'results.csv'}")
     if len(failed) == len(frame):
         raise UserError("no point of this sweep succeeded; see the errors above")

@@ -23,6 +23,7 @@ class CachePart:
     build: RuleBuilder
     scope: str
     params: Mapping[str, Param]
+    causal: bool
 
     def with_defaults(self, data: PolicyData) -> CacheRule:
         """The rule with its parameters at their defaults."""
@@ -31,8 +32,15 @@ class CachePart:
 
 CACHES: dict[str, CachePart] = {}
 
-#: Causal rules without admission control, the choices of causal prefetchers.
-CAUSAL_CACHES = ("lru", "lru-global", "lfu", "lfru", "slru", "least-stale")
+
+def causal_caches() -> tuple[str, ...]:
+    """Caches that a causal prefetcher can stand on: no oracle, nothing fitted, not everything."""
+    return tuple(sorted(name for name, part in CACHES.items() if part.causal))
+
+
+def all_caches() -> tuple[str, ...]:
+    """Caches that an oracle prefetcher can stand on: the causal ones and Belady's."""
+    return (*causal_caches(), "belady", "belady-global")
 
 
 def cache_rule(
@@ -42,7 +50,9 @@ def cache_rule(
     own = dict(params or {})
 
     def decorate(build: RuleBuilder) -> RuleBuilder:
-        CACHES[name] = CachePart(build, scope, own)
+        apart = ("oracle", "fitted", "needs_all")
+        causal = not any(traits.get(trait) for trait in apart)
+        CACHES[name] = CachePart(build, scope, own, causal)
 
         def build_policy(values: Params, data: PolicyData) -> Policy:
             return Policy(build(values, data), scope=scope)

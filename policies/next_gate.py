@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from policies.caches import CAUSAL_CACHES, combine
+from policies.caches import causal_caches, combine
 from policies.errors import PolicyError
 from policies.interface import EventTable, Keys, Policy, PolicyData, Prediction, Prefetcher
 from policies.registry import Param, Params, register
@@ -54,7 +54,7 @@ def _columns(params: Params) -> tuple[str, ...]:
 @register(
     "next-gate",
     params={
-        "cache": Param(str, "lru", "cache rule beneath", choices=CAUSAL_CACHES),
+        "cache": Param(str, "lru", "cache rule beneath", choices=causal_caches),
         "depth": Param(int, 1, "layers ahead", low=1, high=3),
         "overfetch": Param(float, 1.0, "candidates a token over top-k", low=0.1, high=2),
     },

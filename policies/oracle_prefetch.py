@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from policies.caches import CAUSAL_CACHES, combine
+from policies.caches import all_caches, combine
 from policies.errors import PolicyError
 from policies.interface import EventTable, Keys, Policy, PolicyData, Prediction, Prefetcher
 from policies.registry import Param, Params, register
 
 _CHUNK_EVENTS = 4096
-_CACHES = (*CAUSAL_CACHES, "belady", "belady-global")
 
 
 class OraclePrefetch(Prefetcher):
@@ -109,7 +108,7 @@ def _perturb_block(
 
 
 _PARAMS = {
-    "cache": Param(str, "lru", "cache rule beneath", choices=_CACHES),
+    "cache": Param(str, "lru", "cache rule beneath", choices=all_caches),
     "depth": Param(int, 1, "layers ahead", low=1, high=16),
 }
 

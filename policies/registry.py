@@ -35,16 +35,17 @@ class Param:
     help: str
     low: float | None = None
     high: float | None = None
-    choices: tuple[str, ...] = ()
+    choices: tuple[str, ...] | Callable[[], tuple[str, ...]] = ()
 
     def parse(self, owner: str, name: str, value: object) -> Any:
         """``value`` (text from a command line or a YAML scalar) as this parameter's type."""
         where = f"{owner}: parameter {name}={value}"
         parsed = self._convert(where, value)
-        if self.choices and parsed not in self.choices:
-            close = difflib.get_close_matches(str(parsed), self.choices, 1)
+        choices = self.choices() if callable(self.choices) else self.choices
+        if choices and parsed not in choices:
+            close = difflib.get_close_matches(str(parsed), choices, 1)
             hint = f" (did you mean {close[0]}?)" if close else ""
-            raise PolicyError(f"{where} is not one of {', '.join(self.choices)}{hint}")
+            raise PolicyError(f"{where} is not one of {', '.join(choices)}{hint}")
         if isinstance(parsed, float) and not math.isfinite(parsed):
             raise PolicyError(f"{where} is not a finite number")
         if self.low is not None and parsed < self.low:

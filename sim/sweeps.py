@@ -26,7 +26,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 import policies
 from configs.errors import UserError
+from configs.geometry import load_geometry
+from configs.hardware import load_hardware
 from configs.load import find, read_yaml
+from configs.units import parse_bytes, parse_expert_budget, parse_rate
 from policies.errors import PolicyError
 from sim.inputs import BASE_COLUMNS, Inputs, TraceSource
 from sim.point import DEFAULT_FIT_SHARE, Point, produced_by, run_point
@@ -93,6 +96,21 @@ class SweepConfig(BaseModel):
         fitted = any(policies.get(choice.name).fitted for choice in self.policies)
         return DEFAULT_FIT_SHARE if fitted else 0.0
 
+    def check(self) -> None:
+        """Raise for what would fail every point of a kind: names, parameters, units."""
+        for choice in self.policies:
+            policies.get(choice.name).parse(choice.set)
+        for name in self.hardware:
+            load_hardware(name)
+        for link in self.links:
+            parse_rate(link)
+        for budget in self.budgets:
+            parse_bytes(budget)
+        for budget in self.expert_budgets:
+            parse_expert_budget(budget)
+        if self.geometry is not None:
+            load_geometry(self.geometry, self.dtype)
+
     def points(self) -> list[Point]:
         """All points in order; a policy that needs all experts appears once a system."""
         seen: dict[str, Point] = {}
@@ -156,6 +174,7 @@ def sweep(
         config = load_config(config)
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: give at least 1")
+    config.check()
     opened: TraceSource = Trace.open(config.trace) if trace is None else trace
     points = config.points()
     store = _Store(None if out is None else Path(out), config, opened.digest)
@@ -306,6 +325,16 @@ def _canonical(value: Any) -> str:
 # ---------------------------------------------------------------------- keeping
 
 
+def _read_identity(path: Path) -> dict[str, Any]:
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        begun = None
+    if not isinstance(begun, dict):
+        raise UserError(f"{path} is not what a sweep writes: name another --out directory")
+    return begun
+
+
 class _Store:
     """The results directory of one sweep; with no directory, nothing is kept."""
 
@@ -314,28 +343,31 @@ class _Store:
         if out is None:
             return
         identity = {
-            "config": config.model_dump(mode="json"),
-            "trace_digest": digest,
-            "produced_by": produced_by(),
+            **config.model_dump(mode="json"),
+            "trace digest": digest,
+            **{f"version ({name})": value for name, value in produced_by().items()},
         }
-        self._claim(out, json.dumps(identity, indent=1, sort_keys=True) + "\n")
+        self._claim(out, identity)
 
     @staticmethod
-    def _claim(out: Path, identity: str) -> None:
+    def _claim(out: Path, identity: dict[str, Any]) -> None:
         path = out / CONFIG_FILE
         if out.exists() and not out.is_dir():
             raise UserError(f"--out {out} is a file: name a directory")
         if path.is_file():
-            if path.read_text(encoding="utf-8") != identity:
+            begun = _read_identity(path)
+            differs = [name for name in identity if begun.get(name) != identity[name]]
+            if differs:
                 raise UserError(
-                    f"--out {out} holds results of another sweep, trace or version "
-                    f"({CONFIG_FILE} differs): name another directory"
+                    f"--out {out} holds results of another sweep (different: "
+                    f"{', '.join(differs)}): name another directory"
                 )
             return
         if out.exists() and any(out.iterdir()):
             raise UserError(f"--out {out} is not empty and holds no sweep: name another directory")
         out.mkdir(parents=True, exist_ok=True)
-        path.write_text(identity, encoding="utf-8")
+        text = json.dumps(identity, indent=1, sort_keys=True)
+        path.write_text(text + "\n", encoding="utf-8")
 
     def finished(self) -> dict[str, dict[str, Any]]:
         """Rows of points that succeeded before; a last line cut off by a kill is dropped."""

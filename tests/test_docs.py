@@ -5,6 +5,8 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,24 @@ def test_readme_examples() -> None:
     result = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_the_policy_of_the_readme_works() -> None:
+    """In a process of its own: registering a policy lasts as long as the process."""
+    block = re.search(r'```python\n("""First in.*?)```', (ROOT / "README.md").read_text(), re.S)
+    assert block is not None
+    run = (
+        "\nfrom sim import simulate\n"
+        "for policy, more in (('fifo', {}), ('next-gate', {'cache': 'fifo'})):\n"
+        "    row = simulate('sample', policy=policy, params=more, hardware='t4-pcie3',\n"
+        "                   expert_budget='25%', max_tokens=150)\n"
+        "    assert row.loc[0, 'decode.hits'] > 0\n"
+    )
+    code = block.group(1) + run
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
 
 
 @pytest.mark.parametrize("path", ["README.md", "docs/decisions.md", "docs/contract.md"])
