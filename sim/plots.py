@@ -25,7 +25,6 @@ from matplotlib.ticker import (
     FuncFormatter,
     LogLocator,
     NullFormatter,
-    PercentFormatter,
 )
 
 from configs.errors import UserError
@@ -37,10 +36,10 @@ from sim.ranking import (
     link_name,
     middle,
     middle_budget,
+    pick_of,
     prepare,
     systems,
     three_figures,
-    winner_at_knee,
     without_slivers,
 )
 
@@ -96,7 +95,7 @@ _PARTS = (
 
 
 def draw_pareto(frame: pd.DataFrame, out_dir: str | Path) -> list[Path]:
-    """TPOT against GPU memory, a panel a link: policies, bounds, the Pareto front and its knee.
+    """TPOT against GPU memory, a panel a link: policies, bounds, the Pareto front and the pick.
 
     One figure a hardware (and whatever else varies); where each has but one link, the hardware are
     the panels. Raises UserError where no point succeeded or a different file is in the way.
@@ -228,7 +227,7 @@ def _pareto_figure(points: pd.DataFrame) -> Figure:
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     panels = list(grid.flat)
     cast = _cast(points)
-    tpot = points["tpot_ms.mean"]
+    tpot = _near(points)["tpot_ms.mean"]
     if tpot.max() > _LOG_FROM * tpot.min():
         _log_ms(panels[0], float(tpot.min()), float(tpot.max()))
     for axes, name in zip(panels, names, strict=False):
@@ -245,6 +244,12 @@ def _pareto_figure(points: pd.DataFrame) -> Figure:
     handles = _pareto_handles(points, cast)
     _frame_figure(figure, "Latency against GPU memory", points, handles, cast.others)
     return figure
+
+
+def _near(points: pd.DataFrame) -> pd.DataFrame:
+    """The points that are drawn in their panels."""
+    parts = [points[points["system"] == name] for name in systems(points)]
+    return pd.concat([part[~_far_resident(part)] for part in parts])
 
 
 def _panel_title(name: str, points: pd.DataFrame) -> str:
@@ -278,8 +283,18 @@ def _pareto_panel(axes: Axes, points: pd.DataFrame, cast: _Cast) -> None:
             zorder=4,
         )
     _line(axes, points, BASELINE, color=_INK, marker="x", markersize=6, linestyle="", zorder=5)
-    _line(axes, points, RESIDENT, color=_INK, marker="*", markersize=12, linestyle="", zorder=5)
-    _mark_limit(axes, points)
+    near = points[~_far_resident(points)]
+    _line(axes, near, RESIDENT, color=_INK, marker="*", markersize=12, linestyle="", zorder=5)
+    limit = _mark_limit(axes, near)
+    _panel_note(axes, points, limit)
+
+
+def _far_resident(points: pd.DataFrame) -> pd.Series[bool]:
+    """Points with everything resident that would only widen the axis: no choice, and far right."""
+    resident = points["policy"] == RESIDENT
+    most = points.loc[~resident, "memory.peak_bytes"].max()  # nan, so never far, without others
+    far: pd.Series[bool] = points["memory.peak_bytes"] > 1.2 * most
+    return resident & ~points["memory.fits"] & far
 
 
 def _line(axes: Axes, points: pd.DataFrame, label: str, **look: Any) -> None:
@@ -302,29 +317,46 @@ def _draw_front(axes: Axes, points: pd.DataFrame) -> None:
         solid_joinstyle="round",
         zorder=1,
     )
-    pick = winner_at_knee(points)
-    if pick is None:
-        return
-    where = (pick["memory.peak_bytes"] / _GIB, pick["tpot_ms.mean"])
-    axes.plot(*where, marker="o", markersize=11, color=_INK, fillstyle="none", zorder=6)
-    axes.text(
-        0.98,
-        0.98,
-        f"\N{WHITE CIRCLE} pick: {pick['label']}\n"
-        f"{pick['budget']}, {three_figures(pick['tpot_ms.mean'])} ms",
-        transform=axes.transAxes,
+    pick = pick_of(points)
+    if pick is not None:
+        where = (pick["memory.peak_bytes"] / _GIB, pick["tpot_ms.mean"])
+        axes.plot(*where, marker="o", markersize=11, color=_INK, fillstyle="none", zorder=6)
+
+
+def _panel_note(axes: Axes, points: pd.DataFrame, limit: float | None) -> None:
+    """The pick, and what is too far right to be drawn, left of the GPU's ``limit`` in GiB."""
+    lines = []
+    pick = pick_of(points)
+    if pick is not None:
+        lines += [
+            f"\N{WHITE CIRCLE} pick: {pick['label']}",
+            f"{pick['budget']}, {three_figures(pick['tpot_ms.mean'])} ms",
+        ]
+    far = points[_far_resident(points)]
+    if not far.empty:
+        row = far.iloc[0]
+        lines += [
+            f"all resident: {row['memory.peak_bytes'] / _GIB:.1f} GiB,",
+            f"{three_figures(row['tpot_ms.mean'])} ms, does not fit",
+        ]
+    axes.annotate(
+        "\n".join(lines),
+        (0.98 if limit is None else limit, 0.98),
+        xycoords="axes fraction" if limit is None else ("data", "axes fraction"),
+        xytext=(-4, 0),
+        textcoords="offset points",
         ha="right",
         va="top",
-        fontsize=9,
+        fontsize=8.5,
         color=_INK,
     )
 
 
-def _mark_limit(axes: Axes, points: pd.DataFrame) -> None:
-    """The GPU's memory, where it is not far beyond the points."""
-    limit = points["memory.gpu_memory_bytes"].iloc[0] / _GIB
-    if limit > 1.1 * points["memory.peak_bytes"].max() / _GIB:
-        return
+def _mark_limit(axes: Axes, points: pd.DataFrame) -> float | None:
+    """The GPU's memory in GiB, drawn and returned where it is not far beyond the points."""
+    limit = float(points["memory.gpu_memory_bytes"].iloc[0] / _GIB)
+    if limit > 1.25 * points["memory.peak_bytes"].max() / _GIB:
+        return None
     axes.axvline(limit, color=_INK, linewidth=1)
     axes.annotate(
         f"GPU: {limit:.1f} GiB",
@@ -336,14 +368,15 @@ def _mark_limit(axes: Axes, points: pd.DataFrame) -> None:
         va="top",
         fontsize=8,
     )
+    return limit
 
 
 def _pareto_handles(points: pd.DataFrame, cast: _Cast) -> list[Line2D]:
-    handles = _cast_handles(points, cast)
+    handles = _cast_handles(_near(points), cast)
     handles.append(Line2D([], [], color=_FRONT, linewidth=6, label="Pareto front"))
-    picks = [winner_at_knee(points[points["system"] == name]) for name in systems(points)]
+    picks = [pick_of(points[points["system"] == name]) for name in systems(points)]
     if any(pick is not None for pick in picks):
-        handles.append(_dot("o", "pick: knee of the front", markersize=10, fillstyle="none"))
+        handles.append(_dot("o", "pick: fastest that fits", markersize=10, fillstyle="none"))
     return handles
 
 
@@ -421,7 +454,7 @@ def _share_axis(axes: Axes, shares: Sequence[float]) -> None:
     if len(shares) <= _MOST_TICKS:
         axes.set_xticks(shares)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:.3g}"))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=""))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:g}"))
 
 
 def _hit_lines(axes: Axes, points: pd.DataFrame, cast: _Cast) -> None:
@@ -495,6 +528,9 @@ def _bars(axes: Axes, rows: pd.DataFrame) -> None:
 
 
 def _bar_name(row: dict[Any, Any]) -> str:
+    if row["policy"] == RESIDENT:
+        misfit = "" if row["memory.fits"] else ", does not fit"
+        return f"{row['label']} ({row['memory.peak_bytes'] / _GIB:.1f} GiB{misfit})"
     return row["label"] if row["kind"] == "causal" else f"{row['label']} ({row['kind']})"
 
 

@@ -75,7 +75,9 @@ _NUMBERS = ("tpot_ms.mean", "ttft_ms.mean", "expert_share")
 _STALLS = ("breakdown_ms.stall_late", "breakdown_ms.stall_miss", "breakdown_ms.stall_cpu")
 _GIB = 2**30
 _WIDTH = 100
-_MOST_ROWS = 12
+_MOST_ROWS = 16
+_MOST_BUDGETS = 12
+_MOST_NAMED = 6
 _MOST_BOUNDS = 3
 _TEXT_COLUMNS = ("policy", "fastest", "runner-up")
 _LEAST_TEXT = 9
@@ -212,6 +214,12 @@ def choices(points: pd.DataFrame) -> pd.DataFrame:
     """
     usable = (points["kind"] == "causal") & points["memory.fits"] & ~points["saturated"]
     return points[usable]
+
+
+def holds_all(points: pd.DataFrame) -> pd.Series[bool]:
+    """Which of prepared ``points`` keep every expert on the GPU, where no policy is needed."""
+    filled = (points["expert_share"] >= 1) & (points["policy"] != BASELINE)
+    return filled | (points["policy"] == RESIDENT)
 
 
 def front(points: pd.DataFrame) -> pd.DataFrame:
@@ -402,8 +410,8 @@ class Recommendation:
 def recommend(frame: pd.DataFrame) -> list[Recommendation]:
     """For every system: which policy at which budget, who wins where, and what would help.
 
-    The pick is the winner at the budget of the front's :func:`knee`; where the front has none, the
-    fastest point that fits. Points that do not fit the GPU are never recommended.
+    The pick is the fastest point that fits the GPU; of policies that tie there, the one that wins
+    or ties at the most neighbouring budgets. Points that do not fit are never recommended.
     """
     points = prepare(frame)
     return [_recommend(name, points[points["system"] == name]) for name in systems(points)]
@@ -415,17 +423,17 @@ def _recommend(name: str, points: pd.DataFrame) -> Recommendation:
     if options.empty:
         text = f"{heading}\n  {_why_nothing(points)}"
         return Recommendation(name, None, None, None, None, None, (), (), text)
-    winners = _winners(options)
+    winners = _winners(options[~holds_all(options)])
     verdicts = _verdicts(points, options)
-    at_knee = winner_at_knee(points)
-    pick = _by_tpot(options).iloc[0] if at_knee is None else at_knee
+    pick = _pick(options)
     lines = [
-        _pick_words(pick, at_knee=at_knee is not None),
-        *_fastest_words(options, pick),
-        _winner_words(winners),
-        *_verdict_words(verdicts),
-        *_memory_words(options, pick, verdicts),
+        _pick_words(options, pick),
+        *_smaller_words(options, pick, winners),
+        *_winner_words(winners, options),
+        *_verdict_words(verdicts, every=_every_words(options)),
+        *_memory_words(options, verdicts),
         *_misfit_words(points),
+        *_value_words(points, pick),
     ]
     return Recommendation(
         system=name,
@@ -440,20 +448,47 @@ def _recommend(name: str, points: pd.DataFrame) -> Recommendation:
     )
 
 
-def winner_at_knee(points: pd.DataFrame) -> Row | None:
-    """The point to pick on one system: who wins at the budget of the front's :func:`knee`.
+def pick_of(points: pd.DataFrame) -> Row | None:
+    """The point that :func:`recommend` picks on one system, None where nothing can be."""
+    options = choices(points)
+    return None if options.empty else _pick(options)
 
-    The front is taken without slivers. The winner over a run of budgets may tie with the knee's
-    own policy; None without a knee.
+
+def _pick(options: pd.DataFrame) -> Row:
+    fastest = _by_tpot(options).iloc[0]
+    return _winning(options, int(fastest["expert_budget_bytes"]))
+
+
+def winner_at_knee(points: pd.DataFrame) -> Row | None:
+    """The best value for little memory on one system: who wins at the budget of the :func:`knee`.
+
+    The front is that of policies which cache, without slivers: on-demand has no memory to spend.
+    The winner over a run of budgets may tie with the knee's own policy; None without a knee.
     """
     options = choices(points)
+    options = options[options["policy"] != BASELINE]
     bend = knee(without_slivers(front(options)))
     if bend is None:
         return None
-    budget = bend["expert_budget_bytes"]
-    run = next(w for w in _winners(options) if w.from_expert_bytes <= budget <= w.to_expert_bytes)
-    at_budget = options["expert_budget_bytes"] == budget
-    return options[at_budget & (options["label"] == run.policy)].iloc[0]
+    return _winning(options, int(bend["expert_budget_bytes"]))
+
+
+def _winning(options: pd.DataFrame, budget: int) -> Row:
+    """The point of the policy that wins the run of budgets which ``budget`` belongs to.
+
+    Where everything is resident, that is the point without a policy, if none is faster.
+    """
+    group = options[options["expert_budget_bytes"] == budget]
+    filled = group[holds_all(group)]
+    if not filled.empty:
+        plain = filled[(filled["policy"] == RESIDENT) & filled["label"].isin(_tied(filled))]
+        return _by_tpot(filled if plain.empty else plain).iloc[0]
+    run = _run_at(_winners(options[~holds_all(options)]), budget)
+    return group[group["label"] == run.policy].iloc[0]
+
+
+def _run_at(winners: Sequence[Winner], budget: int) -> Winner:
+    return next(w for w in winners if w.from_expert_bytes <= budget <= w.to_expert_bytes)
 
 
 def _by_budget(points: pd.DataFrame) -> dict[int, pd.DataFrame]:
@@ -513,7 +548,7 @@ def _winner(groups: Sequence[pd.DataFrame], labels: Sequence[str]) -> Winner:
 
 def _verdicts(points: pd.DataFrame, options: pd.DataFrame) -> tuple[Verdict, ...]:
     """One for each budget at which policies compete."""
-    contested = options[options["policy"] != RESIDENT]
+    contested = options[~holds_all(options)]
     groups = _by_budget(points)
     return tuple(
         _verdict(group.iloc[0], float(group["tpot_ms.mean"].min()), groups[budget])
@@ -558,35 +593,96 @@ def _why_nothing(points: pd.DataFrame) -> str:
     )
 
 
-def _pick_words(pick: Row, *, at_knee: bool) -> str:
-    why = (
-        "the knee of the front: farthest below the chord between its ends, axes scaled to 0..1"
-        if at_knee
-        else "the fastest that fits; the front has no knee"
-    )
-    of = " of the experts" if pick["budget"].endswith("%") else " in all"
+def _pick_words(options: pd.DataFrame, pick: Row) -> str:
+    gpu = f"On this GPU of {_gib(pick['memory.gpu_memory_bytes'])}"
+    cost = f"{_ms(pick['tpot_ms.mean'])} a token in {_gib(pick['memory.peak_bytes'])}"
+    group = options[options["expert_budget_bytes"] == pick["expert_budget_bytes"]]
+    if not holds_all(group).loc[pick.name]:
+        ties = _ties_at(group, pick["label"])
+        return f"{gpu}: {pick['label']}{_as_good(ties)} with {_amount(pick)}: {cost}."
+    if group["tpot_ms.mean"].max() > pick["tpot_ms.mean"] * (1 + TIE_MARGIN):
+        return f"{gpu}: everything fits: {pick['label']} with {_amount(pick)}: {cost}."
     return (
-        f"Pick {pick['label']} at {pick['budget']}{of}: {_ms(pick['tpot_ms.mean'])} a token, "
-        f"{_gib(pick['memory.peak_bytes'])} of GPU memory ({why})."
+        f"{gpu}: {pick['budget']}: everything fits, the policy does not matter ({cost}; compute "
+        "and host are the limit)."
     )
 
 
-def _winner_words(winners: Sequence[Winner]) -> str:
-    return f"Fastest by budget: {'; '.join(_one_winner(winner) for winner in winners)}."
+def _amount(point: Row) -> str:
+    of = " of the experts" if point["budget"].endswith("%") else " in all"
+    return f"{point['budget']}{of}"
 
 
-def _one_winner(winner: Winner) -> str:
-    ties = f", tied with {_listed(winner.ties)}" if winner.ties else ""
-    if winner.from_expert_bytes == winner.to_expert_bytes:
-        where = f"at {winner.from_budget}"
-        cost = f"{_ms(winner.fastest_ms)}, {_gib(winner.most_gpu_bytes)}"
+def _ties_at(group: pd.DataFrame, policy: str) -> list[str]:
+    """The others within the margin of the fastest of one budget, fastest first."""
+    tied = _tied(group)
+    return [label for label in _by_tpot(group)["label"] if label in tied and label != policy]
+
+
+def _as_good(ties: Sequence[str]) -> str:
+    return f" ({_good(ties)})" if ties else ""
+
+
+def _good(names: Sequence[str]) -> str:
+    return f"{_listed(names)} {'is' if len(names) == 1 else 'are'} as good"
+
+
+def _smaller_words(options: pd.DataFrame, pick: Row, winners: Sequence[Winner]) -> list[str]:
+    """What one gets for less memory than the pick's, from much to little."""
+    smaller = options[options["expert_budget_bytes"] < pick["expert_budget_bytes"]]
+    budgets = [*_by_budget(smaller[~holds_all(smaller)])][::-1]
+    if not budgets:
+        return []
+    shown = [_one_budget(options, budget, winners) for budget in _spread(budgets, _MOST_NAMED)]
+    return [f"With less memory: {'; '.join(shown)}."]
+
+
+def _one_budget(options: pd.DataFrame, budget: int, winners: Sequence[Winner]) -> str:
+    group = options[options["expert_budget_bytes"] == budget]
+    policy = _run_at(winners, budget).policy
+    own = group[group["label"] == policy].iloc[0]
+    names = ", ".join([policy, *_ties_at(group, policy)][:3])
+    memory = _gib(own["memory.peak_bytes"])
+    return f"{own['budget']}, {memory}, {_ms(own['tpot_ms.mean'])} ({names})"
+
+
+def _winner_words(winners: Sequence[Winner], options: pd.DataFrame) -> list[str]:
+    """Runs of budgets by policy, where they say more than the headline."""
+    if all(winner.from_expert_bytes == winner.to_expert_bytes for winner in winners):
+        return []
+    contested = _by_budget(options[~holds_all(options)])
+    return [f"By budget: {'; '.join(_one_winner(winner, contested) for winner in winners)}."]
+
+
+def _one_winner(winner: Winner, groups: dict[int, pd.DataFrame]) -> str:
+    first, last = winner.from_expert_bytes, winner.to_expert_bytes
+    if first == last:
+        return f"{winner.policy} at {winner.from_budget}{_as_good(winner.ties)}"
+    run = [group for budget, group in groups.items() if first <= budget <= last]
+    ties = [_good(winner.ties)] if winner.ties else []
+    ties += _partial_ties(winner, run)
+    where = f"{winner.policy} from {winner.from_budget} up to {winner.to_budget}"
+    return f"{where} ({'; '.join(ties)})" if ties else where
+
+
+def _partial_ties(winner: Winner, run: Sequence[pd.DataFrame]) -> list[str]:
+    """Who else is as good over the upper or the lower part of a run, the longest part alone."""
+    tied = [_tied(group) for group in run]
+    others = sorted(set().union(*tied) - {winner.policy, *winner.ties})
+    upper = {label: _reach(tied[::-1], 0, label) for label in others}
+    lower = {label: _reach(tied, 0, label) for label in others}
+    longest = max([0, *upper.values(), *lower.values()])
+    if not longest:
+        return []
+    best = [label for label in others if upper[label] == longest]
+    if best:
+        budget = run[-longest]["budget"].iloc[0]
+        where = f"from {budget} up" if longest > 1 else f"at {budget}"
     else:
-        where = f"from {winner.from_budget} up to {winner.to_budget}"
-        cost = (
-            f"{three_figures(winner.slowest_ms)} to {_ms(winner.fastest_ms)}, "
-            f"{_gib_figure(winner.least_gpu_bytes)} to {_gib(winner.most_gpu_bytes)}"
-        )
-    return f"{winner.policy} {where} ({cost}{ties})"
+        best = [label for label in others if lower[label] == longest]
+        budget = run[longest - 1]["budget"].iloc[0]
+        where = f"up to {budget}" if longest > 1 else f"at {budget}"
+    return [f"{_good(best)} {where}"]
 
 
 def _listed(names: Sequence[str], most: int = 3) -> str:
@@ -597,20 +693,25 @@ def _listed(names: Sequence[str], most: int = 3) -> str:
 
 
 _VERDICT_WORDS = {
-    "policy": "Policy-limited {where}: the best bound ({bound}) takes {saves} less time in the "
-    "same memory, so a better policy would help{caveat}.",
-    "capacity": "Capacity-limited {where}: even the best bound ({bound}) takes only {saves} less "
-    "time in the same memory, so memory or a faster link would help{caveat}.",
+    "policy": "Policy-limited {where}: an oracle that knows the future ({bound}) would take "
+    "{saves} less time in the same memory: the most that a better policy could gain{caveat}.",
+    "capacity": "Capacity-limited {where}: even an oracle that knows the future ({bound}) would "
+    "take only {saves} less time in the same memory: more memory or a faster link would "
+    "help{caveat}.",
     "unknown": "Unknown {where} whether a better policy would help: sweep the bounds beside it, "
     "belady and oracle-prefetch with cache=belady.",
 }
 
 
-def _verdict_words(verdicts: Sequence[Verdict]) -> list[str]:
+def _every_words(options: pd.DataFrame) -> str:
+    return "at every smaller budget" if holds_all(options).any() else "at every budget"
+
+
+def _verdict_words(verdicts: Sequence[Verdict], every: str) -> list[str]:
     by_limit = {limit: [v for v in verdicts if v.limit == limit] for limit in _VERDICT_WORDS}
     return [
         _VERDICT_WORDS[limit].format(
-            where=_where(group, verdicts),
+            where=every if len(group) == len(verdicts) > 1 else _where(group),
             bound=" or ".join(sorted({verdict.bound for verdict in group if verdict.bound})),
             saves=_saved([verdict.saves for verdict in group]),
             caveat=_caveat(group),
@@ -620,9 +721,7 @@ def _verdict_words(verdicts: Sequence[Verdict]) -> list[str]:
     ]
 
 
-def _where(group: Sequence[Verdict], verdicts: Sequence[Verdict]) -> str:
-    if len(group) == len(verdicts) > 1:
-        return "at every budget"
+def _where(group: Sequence[Verdict]) -> str:
     return f"at {_listed([verdict.budget for verdict in group], most=6)}"
 
 
@@ -637,39 +736,56 @@ def _saved(values: Sequence[float]) -> str:
     return f"{low} %" if low == high else f"{low} to {high} %"
 
 
-def _memory_words(options: pd.DataFrame, pick: Row, verdicts: Sequence[Verdict]) -> list[str]:
-    """What the next budget would bring, beside what a perfect policy would."""
-    larger = options[options["expert_budget_bytes"] > pick["expert_budget_bytes"]]
-    if larger.empty:
-        return []
-    step = larger["expert_budget_bytes"].min()
-    best = _by_tpot(larger[larger["expert_budget_bytes"] == step]).iloc[0]
-    saves = 1 - best["tpot_ms.mean"] / pick["tpot_ms.mean"]
+_MEMORY_WORDS = {
+    "memory": "saves more ({step}) than any better policy could ({policy}): memory first.",
+    "policy": "saves less ({step}) than a better policy could ({policy}): policy first.",
+    "even": "saves about as much ({step}) as the best policy could ({policy}).",
+}
+
+
+def _memory_words(options: pd.DataFrame, verdicts: Sequence[Verdict]) -> list[str]:
+    """What twice the slots bring (else the first larger budget), beside a perfect policy."""
+    groups = _by_budget(options)
+    best = {budget: group["tpot_ms.mean"].min() for budget, group in groups.items()}
+    judged = {v.expert_budget_bytes: v.saves for v in verdicts if v.limit != "unknown"}
+    pairs = [(low, high) for low in judged for high in best if abs(high / low - 2) < 0.01]
+    verb = "Doubling the memory for experts"
+    if not pairs:
+        larger = [(low, high) for low in judged for high in best if high > low]
+        pairs, verb = larger[:1], "More memory for experts"
+    steps: dict[str, list[tuple[int, int]]] = {outcome: [] for outcome in _MEMORY_WORDS}
+    for low, high in pairs:
+        steps[_first(1 - best[high] / best[low], judged[low])].append((low, high))
     return [
-        f"More memory: {best['label']} at {best['budget']} takes {_saved([saves])} less time than "
-        f"the pick{_compared(saves, pick, verdicts)}."
+        f"{verb} ({', '.join(_step_name(groups, *pair) for pair in found)}) "
+        + _MEMORY_WORDS[outcome].format(
+            step=_saved([1 - best[high] / best[low] for low, high in found]),
+            policy=_saved([judged[low] for low, _ in found]),
+        )
+        for outcome, found in steps.items()
+        if found
     ]
 
 
-def _compared(saves: float, pick: Row, verdicts: Sequence[Verdict]) -> str:
-    budget = pick["expert_budget_bytes"]
-    own = [v for v in verdicts if v.expert_budget_bytes == budget and v.limit == "policy"]
-    if not own:
-        return ""
-    relation = "less" if saves < own[0].saves else "more"
-    return f", {relation} than the best bound at the pick's own budget ({_saved([own[0].saves])})"
+def _first(by_memory: float, by_policy: float) -> str:
+    if abs(by_memory - by_policy) <= TIE_MARGIN:
+        return "even"
+    return "memory" if by_memory > by_policy else "policy"
 
 
-def _fastest_words(options: pd.DataFrame, pick: Row) -> list[str]:
-    """The other end of the front: what all of the GPU's memory would buy."""
-    best = _by_tpot(options).iloc[0]
-    times = pick["tpot_ms.mean"] / best["tpot_ms.mean"]
-    if times <= 1 + TIE_MARGIN:
+def _step_name(groups: dict[int, pd.DataFrame], low: int, high: int) -> str:
+    first, last = (str(groups[budget]["budget"].iloc[0]) for budget in (low, high))
+    return f"{first.removesuffix(' %') if last.endswith(' %') else first} to {last}"
+
+
+def _value_words(points: pd.DataFrame, pick: Row) -> list[str]:
+    """Where the front bends; silent where that is the pick."""
+    best = winner_at_knee(points)
+    if best is None or best["expert_budget_bytes"] == pick["expert_budget_bytes"]:
         return []
     return [
-        f"Fastest that fits the GPU's {_gib(best['memory.gpu_memory_bytes'])}: {best['label']} at "
-        f"{best['budget']}, {_ms(best['tpot_ms.mean'])} a token in "
-        f"{_gib(best['memory.peak_bytes'])} ({times:.1f}x as fast as the pick)."
+        f"Best value for little memory: {best['label']} with {_amount(best)}, "
+        f"{_ms(best['tpot_ms.mean'])} a token in {_gib(best['memory.peak_bytes'])}."
     ]
 
 
@@ -679,11 +795,12 @@ def _misfit_words(points: pd.DataFrame) -> list[str]:
     vain = [group for group in _by_budget(causal).values() if not group["memory.fits"].any()]
     if not vain:
         return []
-    row = vain[0].iloc[0]
-    names = [str(group["budget"].iloc[0]) for group in vain]
-    return [
-        f"More than the GPU's {_gib(row['memory.gpu_memory_bytes'])}: {_listed(names, most=6)}."
+    needs = [
+        f"{group['budget'].iloc[0]} needs {_gib(group['memory.peak_bytes'].min())}"
+        for group in vain
     ]
+    verb = "does" if len(vain) == 1 else "do"
+    return [f"{_listed(needs, most=_MOST_NAMED)}: {verb} not fit."]
 
 
 def three_figures(value: float) -> str:
@@ -722,15 +839,35 @@ def render_ranking(console: Console, frame: pd.DataFrame) -> None:
     for name in systems(points):
         own = ranked[ranked["system"] == name]
         if own["expert_budget_bytes"].nunique() > 1:
-            _print(console, f"{name}: fastest policy by budget", _winner_table(console, own))
+            runs = _runs(points[points["system"] == name])
+            table = _winner_table(console, own, runs)
+            _print(console, f"{name}: fastest policy by budget", table)
     chosen = middle(systems(points))
     own = ranked[ranked["system"] == chosen]
     budget = middle_budget(points[points["system"] == chosen])
     group = own[own["expert_budget_bytes"] == budget]
     _print(console, _full_title(group.iloc[0]), _full_table(console, group))
-    _say(console, "gap: time that the fastest bound would save; =: a tie, within 2 % of the first.")
+    for line in _legend(group):
+        _say(console, line)
     if is_estimated(points):
         _say(console, "Time is estimated, not validated.")
+
+
+def _runs(points: pd.DataFrame) -> tuple[Winner, ...]:
+    options = choices(points)
+    return _winners(options[~holds_all(options)])
+
+
+def _legend(group: pd.DataFrame) -> list[str]:
+    bound = group["bound"].iloc[0]
+    limit = "the fastest bound" if bound is None else f"the fastest bound ({bound})"
+    return [
+        "fastest: of policies within 2 % of each other, the one that lasts over the most budgets",
+        "bound ms: an oracle that knows the future, the fastest in the same memory; no choice",
+        f"gap %: time that {limit} would save",
+        "late %: accesses whose prefetch had not arrived; stall ms: wait for experts, a step",
+        "=: a tie, within 2 % of the first",
+    ]
 
 
 def _table(console: Console, columns: Sequence[str], gap: int) -> Table:
@@ -770,13 +907,13 @@ def _say(console: Console, text: str, style: str | None = None) -> None:
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def _winner_table(console: Console, ranked: pd.DataFrame) -> Table:
+def _winner_table(console: Console, ranked: pd.DataFrame, runs: Sequence[Winner]) -> Table:
     columns = ("budget", "GPU GiB", "fastest", "TPOT ms", "", "runner-up", "TPOT ms", "bound ms")
     table = _table(console, columns, gap=2)
     budgets = sorted(ranked["expert_budget_bytes"].unique())
-    picked = _spread(budgets, _MOST_ROWS)
+    picked = _spread(budgets, _MOST_BUDGETS)
     for budget in picked:
-        table.add_row(*_winner_row(ranked[ranked["expert_budget_bytes"] == budget]))
+        table.add_row(*_winner_row(ranked[ranked["expert_budget_bytes"] == budget], runs))
     if len(picked) < len(budgets):
         table.caption = f"{len(picked)} of {len(budgets)} budgets"
     return table
@@ -789,21 +926,30 @@ def _spread(values: Sequence[Any], most: int) -> list[Any]:
     return [values[round(index * (len(values) - 1) / (most - 1))] for index in range(most)]
 
 
-def _winner_row(group: pd.DataFrame) -> list[str]:
+def _winner_row(group: pd.DataFrame, runs: Sequence[Winner]) -> list[str]:
     causal = group[group["kind"] == "causal"]
     fitting = causal[causal["fits"] & ~causal["saturated"]]
     share = str(group["budget"].iloc[0])
     bound_ms = group.loc[group["kind"] == "bound", "tpot_ms"].min()
     if fitting.empty:
         memory = _gib_figure(group["gpu_memory_bytes"].max())
-        return [share, memory, "none fits" if len(causal) else "none swept", "-", "", "-", "-", "-"]
-    first = fitting.iloc[0]
+        why = "does not fit" if len(causal) else "none swept"
+        return [share, memory, why, "-", "", "-", "-", "-"]
+    fastest = fitting.iloc[0]
+    budget = fastest["expert_budget_bytes"]
+    run = [w for w in runs if w.from_expert_bytes <= budget <= w.to_expert_bytes]
+    if not run:
+        memory = _gib_figure(fastest["gpu_memory_bytes"])
+        figure = three_figures(fastest["tpot_ms"])
+        return [share, memory, "all resident", figure, "", "-", "-", three_figures(bound_ms)]
+    first = fitting[fitting["policy"] == run[0].policy].iloc[0]
     memory = _gib_figure(first["gpu_memory_bytes"])
     row = [share, memory, first["policy"], three_figures(first["tpot_ms"])]
-    if len(fitting) < 2:
+    rest = fitting[fitting["policy"] != first["policy"]]
+    if rest.empty:
         return [*row, "", "-", "-", three_figures(bound_ms)]
-    second = fitting.iloc[1]
-    sign = "=" if second["tpot_ms"] <= first["tpot_ms"] * (1 + TIE_MARGIN) else "<"
+    second = rest.iloc[0]
+    sign = "=" if second["tpot_ms"] <= fastest["tpot_ms"] * (1 + TIE_MARGIN) else "<"
     return [*row, sign, second["policy"], three_figures(second["tpot_ms"]), three_figures(bound_ms)]
 
 
@@ -821,7 +967,8 @@ def _full_table(console: Console, group: pd.DataFrame) -> Table:
     for row in shown.to_dict("records"):
         cells = _full_row(row)[: len(columns)]
         table.add_row(*cells, style="dim" if row["kind"] != "causal" else None)
-    notes = [f"{len(shown)} of {len(group)} policies"] if len(shown) < len(group) else []
+    left = [label for label in group["policy"] if label not in set(shown["policy"])]
+    notes = [f"{len(shown)} of {len(group)} policies, without {_listed(left)}"] if left else []
     if not group["fits"].all():
         notes.append(f"{int((~group['fits']).sum())} do not fit the GPU")
     table.caption = "; ".join(notes) or None

@@ -87,7 +87,8 @@ def test_pareto_names_policies_bounds_front_and_pick(drawn: list[Path]) -> None:
         "bound: oracle-prefetch",
         "others: accuracy-q",
         "Pareto front",
-        "pick: lru",
+        "pick: resident",
+        "pick: fastest that fits",
     ):
         assert text in svg
 
@@ -98,12 +99,37 @@ def test_hits_and_breakdown_have_their_units(drawn: list[Path]) -> None:
     assert "time of a decode step (ms)" in words(drawn[5])
     assert "stall on late prefetches" in words(drawn[5])
     assert "stall on CPU experts" not in words(drawn[5])
+    assert "resident (9.0 GiB)" in words(drawn[5])
+
+
+def test_tick_labels_are_not_rounded(tmp_path: Path) -> None:
+    rates = {"lru": (0.2, 0.4), "belady": (0.38, 0.475)}
+    frame = pd.DataFrame(
+        [
+            point(policy, share, 10.0, **{"decode.hit_rate": rate})
+            for policy, pair in rates.items()
+            for share, rate in zip((0.25, 0.5), pair, strict=True)
+        ]
+    )
+    assert "<!-- 2.5 -->" in words(draw_hits(frame, tmp_path)[1])
 
 
 def test_the_gpu_limit_is_drawn_where_it_is_near(tmp_path: Path) -> None:
     near = pd.DataFrame(rows(**{"memory.gpu_memory_bytes": 6 * 2**30}))
     assert "GPU: 6.0 GiB" in words(draw_pareto(near, tmp_path / "near")[1])
     assert "GPU: " not in words(draw_pareto(sweep_frame(), tmp_path / "far")[1])
+
+
+def test_resident_far_beyond_the_gpu_is_a_note(tmp_path: Path) -> None:
+    small = {"memory.gpu_memory_bytes": 6 * 2**30}
+    frame = pd.DataFrame([row for row in rows(**small) if row["policy"] != "belady"])
+    frame = frame[(frame["policy"] == "resident") | (frame["expert_budget_bytes"] <= 4 * 2**30)]
+    svg = words(draw_pareto(frame, tmp_path / "note")[1])
+    assert "all resident: 9.0 GiB," in svg
+    assert "5.00 ms, does not fit" in svg
+    assert "all experts resident" not in svg
+    svg = words(draw_breakdown(frame, tmp_path / "note")[1])
+    assert "resident (9.0 GiB, does not fit)" in svg
 
 
 def test_more_policies_than_colours(tmp_path: Path) -> None:
