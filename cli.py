@@ -44,6 +44,9 @@ def main() -> None:
         _fail(error.format_message())
     except (UserError, PolicyError) as error:
         _fail(str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}; name a place that can be written and has room")
     except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted")
     raise SystemExit(status if isinstance(status, int) else 0)

@@ -174,5 +174,5 @@ def get(name: str) -> PolicyInfo:
 
 
 def _closest(name: str, known: Mapping[str, object] | list[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), 1, cutoff=0.4)
+    close = difflib.get_close_matches(name.lower(), list(known), 1, cutoff=0.4)
     return f" (did you mean {close[0]}?)" if close else ""

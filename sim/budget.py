@@ -53,7 +53,7 @@ def workspace_bytes(geometry: Geometry, step_tokens: int, requests: int) -> int:
 def expert_budget_bytes(budget: ExpertBudget, geometry: Geometry) -> int:
     """Bytes that an expert budget stands for, rounded down."""
     if budget.kind == "bytes":
-        return int(budget.value)
+        return min(int(budget.value), geometry.expert_bytes_total)
     if budget.kind == "fraction":
         share = Fraction(str(budget.value))
         return int(geometry.expert_bytes_total * share)

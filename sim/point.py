@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,7 +54,7 @@ class Point(BaseModel):
     touch_order: str = "last-use"
     max_tokens: int | None = None
     fit_share: float | None = None
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=2**62)
 
     @property
     def label(self) -> str:
@@ -112,6 +113,8 @@ def run_point(inputs: Inputs, point: Point) -> dict[str, Any]:
 
 def _budgets(info: PolicyInfo, point: Point) -> tuple[str | None, str | None]:
     if info.needs_all:
+        if point.budget is not None or point.expert_budget is not None:
+            raise UserError(f"{point.policy} holds all experts: leave the budget out")
         return None, None
     if point.budget is None and point.expert_budget is None:
         raise UserError(
@@ -260,7 +263,7 @@ def produced_by() -> dict[str, str | None]:
 def _git_commit() -> str | None:
     """Commit of the checkout that this file lies in; None where it was installed without one."""
     root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
+    if not (root / ".git").exists() or shutil.which("git") is None:
         return None
     answer = subprocess.run(
         ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],

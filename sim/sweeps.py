@@ -14,6 +14,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import product
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pandas as pd
+import pyarrow as pa
 from joblib import Parallel, delayed
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -73,7 +75,7 @@ class SweepConfig(BaseModel):
     touch_order: str = "last-use"
     max_tokens: int | None = Field(default=None, ge=1)
     fit_share: float | None = Field(default=None, ge=0, lt=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=2**62)
 
     @field_validator("policies", mode="before")
     @classmethod
@@ -100,8 +102,10 @@ class SweepConfig(BaseModel):
         """Raise for what would fail every point of a kind: names, parameters, units."""
         for choice in self.policies:
             policies.get(choice.name).parse(choice.set)
-        for name in self.hardware:
-            load_hardware(name)
+        names = [load_hardware(name).name for name in self.hardware]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"two hardware entries are both named {name!r}: rename one")
         for link in self.links:
             parse_rate(link)
         for budget in self.budgets:
@@ -204,7 +208,12 @@ def read_results(directory: str | Path) -> pd.DataFrame:
         raise UserError(
             f"{path} is not there: run `moesim sweep CONFIG --out {directory}` to the end"
         )
-    return pd.read_parquet(path)
+    try:
+        return pd.read_parquet(path)
+    except pa.ArrowException as error:
+        raise UserError(
+            f"{path} is cut off or edited ({error}); delete it and run the sweep again"
+        ) from error
 
 
 # ---------------------------------------------------------------------- running
@@ -219,7 +228,13 @@ def _run_all(trace: TraceSource, points: list[Point], jobs: int) -> Iterator[dic
         return
     with _exported(trace, points) as directory:
         tasks = (delayed(_work)(directory, point.model_dump()) for point in points)
-        yield from Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks)
+        try:
+            yield from Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks)
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker process was killed (out of memory?): lower --jobs; the same command "
+                "goes on where it stopped"
+            ) from error
 
 
 class _Shared:
@@ -335,6 +350,16 @@ def _read_identity(path: Path) -> dict[str, Any]:
     return begun
 
 
+def _read_row(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not {"point_id", "status"} <= row.keys():
+        raise UserError(f"{path}, line {number}: no result of a sweep; delete the line to go on")
+    return row
+
+
 class _Store:
     """The results directory of one sweep; with no directory, nothing is kept."""
 
@@ -342,9 +367,15 @@ class _Store:
         self._out = out
         if out is None:
             return
-        identity = {
+        identity: dict[str, Any] = {
             **config.model_dump(mode="json"),
             "trace digest": digest,
+            "hardware contents": [
+                load_hardware(name).model_dump(mode="json") for name in config.hardware
+            ],
+            "geometry contents": None
+            if config.geometry is None
+            else load_geometry(config.geometry, config.dtype).model_dump(mode="json"),
             **{f"version ({name})": value for name, value in produced_by().items()},
         }
         self._claim(out, identity)
@@ -374,11 +405,11 @@ class _Store:
         if self._out is None or not (self._out / POINTS_FILE).is_file():
             return {}
         path = self._out / POINTS_FILE
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
             path.write_text(whole, encoding="utf-8")
-        rows = (json.loads(line) for line in whole.splitlines())
+        rows = [_read_row(path, *line) for line in enumerate(whole.splitlines(), start=1)]
         return {row["point_id"]: row for row in rows if row["status"] == "ok"}
 
     def append(self, row: dict[str, Any]) -> None:

@@ -62,7 +62,15 @@ def _read(src: Path) -> Arrays:
         with src.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             missing = [name for name in _FIELDS if name not in archive]
             arrays = {name: archive[name] for name in _FIELDS if name in archive}
-    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        AttributeError,
+        zipfile.BadZipFile,
+        zlib.error,
+        TypeError,
+    ) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{src}: not a readable .npz file ({reason}); restore it") from error
     if missing:
