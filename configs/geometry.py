@@ -31,8 +31,8 @@ EXPERT_DTYPE_BITS: dict[str, float] = {
 _NONEXPERT_BYTES = 2
 _KV_BYTES = 2
 
-Count = Annotated[int, Field(ge=1)]
-Size = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=2**50)]
+Size = Annotated[int, Field(ge=0, le=2**50)]
 
 
 class Geometry(BaseModel):

@@ -90,6 +90,7 @@ def test_same_command_same_bytes(moesim, trace_dir: Path) -> None:  # type: igno
         ({"expert_budget": "nan%"}, ["nan%"]),
         ({"expert_budget": "1%"}, ["smallest that can run"]),
         ({"expert_budget": None}, ["--budget", "--expert-budget"]),
+        ({"policy": "resident"}, ["resident", "leave the budget out"]),
         ({"budget": "8GiB"}, ["not both"]),
         ({"expert_budget": None, "budget": "1KiB"}, ["1KiB", "too small"]),
         ({"link": "0"}, ["'0'", "25GB/s"]),
@@ -202,3 +203,22 @@ def test_the_installed_command_runs() -> None:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("accuracy-q")
+
+
+def test_outputs_that_cannot_be_written_are_one_line(  # type: ignore[no-untyped-def]
+    moesim, trace_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    config = tmp_path / "sweep.yaml"
+    config.write_text(
+        f"trace: {trace_dir}\nhardware: [t4-pcie3]\nexpert_budgets: [50%]\npolicies: [lru]\n"
+    )
+    for words in (
+        ["sweep", config, "--out", tmp_path / "file" / "sub"],
+        ["inspect", trace_dir, "--figure", tmp_path / "file" / "x.png"],
+    ):
+        ran = moesim(*words)
+        assert ran.code == 2
+        assert ran.err.splitlines()[-1].startswith("moesim: error: ")
+        assert "Traceback" not in ran.err
+    assert (tmp_path / "file").read_text() == "mine"

@@ -189,3 +189,34 @@ def test_max_tokens_takes_the_first_rows(trace_dir: Path) -> None:
 
 def test_the_demo_configuration_is_valid() -> None:
     assert len(load_config("demo").points()) == 3 * (1 + 9 * 4)
+
+
+def test_an_edited_hardware_file_is_another_sweep(trace_dir: Path, tmp_path: Path) -> None:
+    shipped = Path(__file__).parents[1] / "configs" / "hardware" / "t4-pcie3.yaml"
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(shipped.read_text())
+    config = make_config(trace_dir, hardware=[str(mine)], links=[], policies=["lru"])
+    sweep(config, out=tmp_path / "out")
+    mine.write_text(shipped.read_text().replace("calibrated: false", "calibrated: true"))
+    with pytest.raises(UserError, match="hardware contents"):
+        sweep(config, out=tmp_path / "out")
+
+
+def test_two_machines_of_one_name_are_refused(trace_dir: Path, tmp_path: Path) -> None:
+    shipped = Path(__file__).parents[1] / "configs" / "hardware" / "t4-pcie3.yaml"
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(shipped.read_text())
+    with pytest.raises(UserError, match="both named 't4-pcie3'"):
+        sweep(make_config(trace_dir, hardware=["t4-pcie3", str(mine)]))
+
+
+def test_a_damaged_result_is_named_by_its_line(trace_dir: Path, tmp_path: Path) -> None:
+    config = make_config(trace_dir, links=[], policies=["lru"])
+    sweep(config, out=tmp_path / "out")
+    points = tmp_path / "out" / "points.jsonl"
+    points.write_text(points.read_text() + "not json\n")
+    with pytest.raises(UserError, match="line 3"):
+        sweep(config, out=tmp_path / "out")
+    (tmp_path / "out" / "results.parquet").write_bytes(b"PAR1 cut off")
+    with pytest.raises(UserError, match="cut off or edited"):
+        read_results(tmp_path / "out")

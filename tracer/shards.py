@@ -75,6 +75,13 @@ def read_table(path: Path, sha256: str, rows: int, columns: list[str] | None) ->
     data = path.read_bytes()
     if sha256_of(data) != sha256:
         raise UserError(f"{path}: its SHA-256 differs from manifest.json's: {DAMAGED}")
+    try:
+        return _decode(path, data, rows, columns)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not readable Parquet; {DAMAGED}") from error
+
+
+def _decode(path: Path, data: bytes, rows: int, columns: list[str] | None) -> pa.Table:
     file = pq.ParquetFile(pa.BufferReader(data))
     absent = [name for name in columns or [] if name not in file.schema_arrow.names]
     if absent:
