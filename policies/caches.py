@@ -34,7 +34,7 @@ CACHES: dict[str, CachePart] = {}
 
 
 def causal_caches() -> tuple[str, ...]:
-    """Caches that a causal prefetcher can stand on: no oracle, nothing fitted, not everything."""
+    """Caches that a causal prefetcher can stand on: no oracle, nothing fitted, all admitted."""
     return tuple(sorted(name for name, part in CACHES.items() if part.causal))
 
 
@@ -44,14 +44,22 @@ def all_caches() -> tuple[str, ...]:
 
 
 def cache_rule(
-    name: str, *, scope: str, params: Mapping[str, Param] | None = None, **traits: Any
+    name: str,
+    *,
+    scope: str,
+    params: Mapping[str, Param] | None = None,
+    refuses: bool = False,
+    **traits: Any,
 ) -> Callable[[RuleBuilder], RuleBuilder]:
-    """Decorator: register a rule as a part and as the policy of the same name."""
+    """Decorator: register a rule as a part and as the policy of the same name.
+
+    ``refuses``: it declines misses, so a prefetched expert may have no place in it.
+    """
     own = dict(params or {})
 
     def decorate(build: RuleBuilder) -> RuleBuilder:
         apart = ("oracle", "fitted", "needs_all")
-        causal = not any(traits.get(trait) for trait in apart)
+        causal = not refuses and not any(traits.get(trait) for trait in apart)
         CACHES[name] = CachePart(build, scope, own, causal)
 
         def build_policy(values: Params, data: PolicyData) -> Policy:

@@ -79,6 +79,7 @@ class LfuDecay(ScoredRule):
 @cache_rule(
     "lfu-decay",
     scope="layer",
+    refuses=True,
     params={
         "gamma": Param(float, 0.99, "decay of every count a step", low=0.01, high=1.0),
         "theta": Param(float, 0.5, "uses by which a miss must beat the smallest resident", low=0.0),

@@ -37,11 +37,16 @@ class Param:
     high: float | None = None
     choices: tuple[str, ...] | Callable[[], tuple[str, ...]] = ()
 
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """The choices there are by now; empty: any value."""
+        return self.choices() if callable(self.choices) else self.choices
+
     def parse(self, owner: str, name: str, value: object) -> Any:
         """``value`` (text from a command line or a YAML scalar) as this parameter's type."""
         where = f"{owner}: parameter {name}={value}"
         parsed = self._convert(where, value)
-        choices = self.choices() if callable(self.choices) else self.choices
+        choices = self.allowed
         if choices and parsed not in choices:
             close = difflib.get_close_matches(str(parsed), choices, 1)
             hint = f" (did you mean {close[0]}?)" if close else ""

@@ -149,7 +149,7 @@ def _draw_options(name: str, rng: random.Random, layers: int) -> dict[str, Any]:
         "reset": rng.random() < 0.3,
     }
     if name in PREFETCHERS:
-        given["cache"] = rng.choice(policies.get(name).params["cache"].choices)
+        given["cache"] = rng.choice(policies.get(name).params["cache"].allowed)
         given["depth"] = rng.randint(1, layers - 1)
     if name in ("oracle-prefetch", "accuracy-q"):
         given["wrap"] = rng.random() < 0.5

@@ -680,7 +680,7 @@ def test_an_unknown_policy_names_the_closest_and_all():
         ("lfu-decay", {"gamma": "nan"}, "is not a finite number"),
         ("lfu-decay", {"theta": -1}, "theta=-1 is below 0"),
         ("accuracy-q", {"q": 1.5}, "q=1.5 is above 1"),
-        ("next-gate", {"cache": "belady"}, "is not one of least-stale, lfru, lfu"),
+        ("next-gate", {"cache": "belady"}, "is not one of least-stale, lfru, lfu, lru"),
         ("next-gate", {"depth": True}, "is not a number"),
     ],
 )
