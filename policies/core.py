@@ -236,7 +236,8 @@ class DecisionCore:
             if state[key] == RESIDENT:
                 resident.append(key)
             elif state[key] == ABSENT or key in self.parked:
-                self._queue_low(key, layer, source, priorities and priorities[keys.index(key)])
+                priority = priorities[keys.index(key)] if priorities else 0.0
+                self._queue_low(key, layer, source, priority)
         if resident:
             self._rule.on_predicted(resident)
 
@@ -257,9 +258,7 @@ class DecisionCore:
             self.guarded.update(new)
         return new
 
-    def _queue_low(
-        self, key: int, layer: int, source: str, priority: float | Sequence[float]
-    ) -> None:
+    def _queue_low(self, key: int, layer: int, source: str, priority: float) -> None:
         """Queue a prefetch, or take one up again that was set aside."""
         self._seq += 1
         copy = self.parked.pop(key, None)
@@ -270,7 +269,7 @@ class DecisionCore:
             self.tally.prefetch_issued += 1
         else:
             copy.seq = self._seq
-        copy.priority = priority if isinstance(priority, float) else 0.0
+        copy.priority = priority
         self.queue.push_low(copy)
 
     def cancel(self, key: int) -> bool:
