@@ -9,7 +9,7 @@ is needed at all: an event of hits costs no SimPy event, one of misses a SimPy e
 from __future__ import annotations
 
 import gc
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import Any, NoReturn
@@ -23,6 +23,7 @@ from policies.transfers import Copy
 from sim.clock import POLL, Clock
 from sim.gpu import EXPERTS, HEAD, SEGMENT, SETTLED, GpuStream
 from sim.link import Link
+from sim.quiet import QuietLink
 from sim.timing import Timing
 from tracer.workload import Step, Workload
 
@@ -72,22 +73,17 @@ class Machine:
             timing.link_slowdown_cpu_ppm,
         )
         self.gpu = GpuStream(self.link)
+        self._quiet = QuietLink(
+            timing, self.link, self.gpu, workload.num_layers, workload.num_experts
+        )
         self.times = StepTimes()
         self.stall_late = self.stall_miss = self.stall_cpu = 0
         self.clock = 0
-        self._launch_ns = timing.host.experts_launch_ns
-        self._slowdown_ppm = timing.experts_slowdown_ppm
         self._bursts = bursts and core.options.order == "cached-first"
         self._cpu_free = 0
         # Predictions in the making: (finished at, serial number, prediction), a heap.
         self._coming: list[tuple[int, int, Prediction]] = []
         self._announced = 0
-        self._experts_ns: dict[tuple[int, int, int], int] = {}
-        # One token assigned to each expert: a decode step of one request.
-        self._decode_ns = [
-            [timing.experts_ns(layer, size, size) for size in range(workload.num_experts + 1)]
-            for layer in range(workload.num_layers)
-        ]
         self._segments_ns: dict[tuple[int, int], list[int]] = {}
         self._queue = core.queue
         self._state = core.memory.state
@@ -241,70 +237,24 @@ class Machine:
     def _launch(self, layer: int, group: Any, tokens: dict[int, int] | None, now: int) -> int:
         size = len(group)
         if tokens is None:
-            cost = self._decode_ns[layer][size]
-        else:
-            assigned = sum([tokens.get(key, 1) for key in group])
-            known = self._experts_ns.get((layer, size, assigned))
-            if known is None:
-                known = self.timing.experts_ns(layer, size, assigned)
-                self._experts_ns[layer, size, assigned] = known
-            cost = known
-        now += self._launch_ns
-        self.gpu.pending.append((now, cost, self._slowdown_ppm, EXPERTS))
-        return now
+            return self._quiet.launch(layer, size, size, now)
+        assigned = sum([tokens.get(key, 1) for key in group])
+        return self._quiet.launch(layer, size, assigned, now)
 
     def _burst(self, layer: int, wave: Wave, tokens: dict[int, int] | None, now: int) -> int:
         """Demand copies on a link with nothing else to do: :meth:`_as_they_land`, by arithmetic."""
-        link, gpu, window = self.link, self.gpu, self.link.window
-        issue = self.timing.host.copy_issue_ns
         copies = self.core.start_demands()
-        sizes: list[int] = []
-        completes: list[Copy | None] = []
-        for copy in copies:
-            sizes += copy.chunk_bytes[copy.landed :]
-            completes += [None] * (copy.chunks - copy.landed - 1)
-            completes.append(copy)
-        ends: list[int] = []
-        for size in sizes[:window]:
-            now += issue
-            ends.append(link.occupy(size, now))
-        if wave.ready:
-            now = self._launch(layer, wave.ready, tokens, now)
-        total, landed = len(sizes), 0
-        while landed < total:
-            free, done, seen = now, landed, now
-            while done < len(ends) and ends[done] <= now:
-                done += 1
-            for size in sizes[len(ends) : done + window]:
-                free += issue
-                ends.append(link.occupy(size, free))
-            group = [each for each in completes[landed:done] if each is not None]
-            while not group:
-                seen = ends[done]
-                if len(ends) < total:
-                    free = (free if free > seen else seen) + issue
-                    ends.append(link.occupy(sizes[len(ends)], free))
-                completed = completes[done]
-                done += 1
-                if completed is not None:
-                    group = [completed]
-            if seen > now:
-                idle_from = gpu.end(seen)
-                if idle_from < now:
-                    idle_from = now
-                if idle_from < seen:
-                    self._book_stall(group[-1], seen - idle_from)
-            while done < len(ends) and ends[done] <= free:
-                if len(ends) < total:
-                    free += issue
-                    ends.append(link.occupy(sizes[len(ends)], free))
-                completed = completes[done]
-                done += 1
-                if completed is not None:
-                    group.append(completed)
-            landed = done
-            now = free if free > seen else seen
-            now = self._launch(layer, [copy.key for copy in group], tokens, now)
+        sizes, assigned, owners = chunks_to_copy(copies, tokens)
+        ready = len(wave.ready)
+        if tokens is not None:
+            there = (ready, sum([tokens.get(key, 1) for key in wave.ready]))
+        else:
+            there = (ready, ready)
+
+        def book_stall(chunk: int, stall_ns: int) -> None:
+            self._book_stall(owners[chunk], stall_ns)
+
+        now = self._quiet.burst(layer, there, sizes, assigned, now, book_stall)
         self.core.land_demands(copies)
         return now
 
@@ -480,3 +430,19 @@ class Machine:
         now += self.timing.host.experts_launch_ns
         self.gpu.submit(now, self.timing.combine_ns(), self.timing.experts_slowdown_ppm, EXPERTS)
         return now
+
+
+def chunks_to_copy(
+    copies: Sequence[Copy], tokens: dict[int, int] | None
+) -> tuple[list[int], list[int], list[Copy]]:
+    """Bytes of every chunk, tokens of the expert that it completes (0: none), and its copy."""
+    sizes: list[int] = []
+    assigned: list[int] = []
+    owners: list[Copy] = []
+    for copy in copies:
+        left = copy.chunks - copy.landed
+        sizes += copy.chunk_bytes[copy.landed :]
+        assigned += [0] * (left - 1)
+        assigned.append(1 if tokens is None else tokens.get(copy.key, 1))
+        owners += [copy] * left
+    return sizes, assigned, owners

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from policies.interface import Counters, Tally
-from sim.machine import Machine, StepTimes
+from sim.machine import StepTimes
 from tracer.workload import DECODE, Workload
 
 _NS_PER_MS = 1e6
@@ -134,9 +134,8 @@ def transfers(tally: Tally) -> dict[str, Any]:
     }
 
 
-def collect(machine: Machine) -> dict[str, Any]:
+def collect(work: Workload, times: StepTimes, tally: Tally, link_busy_ns: int) -> dict[str, Any]:
     """All metrics of a finished run, nested, JSON-ready."""
-    work, times, tally = machine.workload, machine.times, machine.core.tally
     span_ns = times.end[-1] - times.begin[0]
     decode_tokens = int((work.phase_of_row == DECODE).sum())
     return {
@@ -154,7 +153,7 @@ def collect(machine: Machine) -> dict[str, Any]:
         "warm_bytes": tally.warm_bytes,
         "prefetch": transfers(tally),
         "breakdown_ms": breakdown_ms(work, times),
-        "link_busy_share": machine.link.busy_ns / span_ns,
+        "link_busy_share": link_busy_ns / span_ns,
         "duration_ms": span_ns / _NS_PER_MS,
         "tokens_per_s": work.num_tokens / span_ns * 1e9,
     }

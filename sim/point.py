@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 import subprocess
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from sim.budget import MemoryBudget, describe, resolve
 from sim.inputs import Inputs
 from sim.machine import Machine
 from sim.metrics import collect
-from sim.timing import RooflineTiming
+from sim.tape import Tape, can_record, play, record
+from sim.timing import RooflineTiming, Timing
+from tracer.workload import Workload
 
 DEFAULT_FIT_SHARE = 0.3
 
@@ -73,42 +76,95 @@ def inputs_for(trace: Any, point: Point) -> Inputs:
     return Inputs(trace, max_tokens=point.max_tokens, fit_share=share)
 
 
+#: What decisions of time-independent policies do not depend on.
+_TIMING_FIELDS = ("hardware", "link", "window")
+
+
+def decisions_of(point: Point) -> str:
+    """Points with the same text here take the same decisions, if their policy asks no time."""
+    return point.model_dump_json(exclude=set(_TIMING_FIELDS))
+
+
+def can_share_decisions(point: Point) -> bool:
+    """Whether the point's decisions depend on event contents only, whatever the machine."""
+    info = policies.get(point.policy)
+    return not (info.time_dependent or info.prefetches)
+
+
 def run_point(inputs: Inputs, point: Point) -> dict[str, Any]:
     """Simulate one point; returns configuration, metrics and provenance, nested, JSON-ready.
 
     Raises UserError or PolicyError for what a user can mend.
     """
-    info = policies.get(point.policy)
-    params, options = info.parse(point.params)
-    geometry = timed_geometry(inputs, point)
-    hardware = timed_hardware(point)
-    workload = inputs.workload(point.touch_order)
-    memory = resolve(geometry, workload, *_budgets(info, point))
-    shape = Shape(
-        layers=geometry.num_moe_layers,
-        experts=geometry.num_experts,
-        top_k=geometry.top_k,
-        bytes_by_layer=geometry.expert_bytes_by_layer,
-    )
-    policy = info.build(params, _policy_data(info, params, inputs, point, shape))
-    plan = _plan(shape, policy, options, memory, point)
-    core = DecisionCore(shape, plan, policy, options)
-    machine = Machine(
-        workload,
-        core,
-        RooflineTiming(geometry, hardware),
-        window=point.window,
-        # A burst decides ahead of the clock: no place for a policy that asks for the time.
-        bursts=not info.time_dependent,
-    )
+    return PointRunner(inputs).run(point)
+
+
+@dataclass
+class _Known:
+    """Decisions that other points may share: those of points with equal ``decisions``."""
+
+    decisions: str
+    plan: MemoryPlan
+    core: DecisionCore
+    tape: Tape | None = None
+
+
+class PointRunner:
+    """Simulates points on the same inputs; decisions that do not depend on time are taken once.
+
+    Only the last recorded decisions are kept: run points of equal :func:`decisions_of` in a row.
+    """
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self._known: _Known | None = None
+
+    def run(self, point: Point) -> dict[str, Any]:
+        """As :func:`run_point`."""
+        inputs = self.inputs
+        info = policies.get(point.policy)
+        params, options = info.parse(point.params)
+        geometry = timed_geometry(inputs, point)
+        hardware = timed_hardware(point)
+        workload = inputs.workload(point.touch_order)
+        memory = resolve(geometry, workload, *_budgets(info, point))
+        shape = Shape(
+            layers=geometry.num_moe_layers,
+            experts=geometry.num_experts,
+            top_k=geometry.top_k,
+            bytes_by_layer=geometry.expert_bytes_by_layer,
+        )
+        timing = RooflineTiming(geometry, hardware)
+        known = self._known
+        if known is None or known.decisions != decisions_of(point):
+            policy = info.build(params, _policy_data(info, params, inputs, point, shape))
+            plan = _plan(shape, policy, options, memory, point)
+            core = DecisionCore(shape, plan, policy, options)
+            known = _Known(decisions_of(point), plan, core)
+        self._known = None  # should the run break off, nothing half done is left for the next
+        measured = _measure(point, workload, known, timing)
+        if known.tape is not None:
+            self._known = known
+        return {
+            **_configuration(point, params, geometry, hardware, memory, known.plan),
+            **measured,
+            "trace": _trace_facts(inputs),
+            "timing": timing.provenance,
+            "produced_by": produced_by(),
+        }
+
+
+def _measure(point: Point, workload: Workload, known: _Known, timing: Timing) -> dict[str, Any]:
+    if can_share_decisions(point) and can_record(known.core):
+        if known.tape is None:
+            known.tape = record(workload, known.core)
+        played = play(known.tape, workload, timing, window=point.window)
+        return collect(workload, played.times, known.tape.tally, played.link_busy_ns)
+    # A burst decides ahead of the clock: no place for a policy that asks for the time.
+    bursts = not policies.get(point.policy).time_dependent
+    machine = Machine(workload, known.core, timing, window=point.window, bursts=bursts)
     machine.run()
-    return {
-        **_configuration(point, params, geometry, hardware, memory, plan),
-        **collect(machine),
-        "trace": _trace_facts(inputs),
-        "timing": machine.timing.provenance,
-        "produced_by": produced_by(),
-    }
+    return collect(workload, machine.times, machine.core.tally, machine.link.busy_ns)
 
 
 def _budgets(info: PolicyInfo, point: Point) -> tuple[str | None, str | None]:
@@ -161,7 +217,23 @@ def _at_dtype(geometry: Geometry, dtype: str) -> Geometry:
 def timed_hardware(point: Point) -> Hardware:
     """The hardware profile, with the point's link if it names one."""
     hardware = load_hardware(point.hardware)
-    return hardware if point.link is None else hardware.with_link(parse_rate(point.link))
+    return hardware if point.link is None else linked(hardware, point.link)
+
+
+def linked(hardware: Hardware, link: str) -> Hardware:
+    """The same machine over another link (``25GB/s``; a bare number is in GB/s)."""
+    where = f"--link {link} (in a sweep: links)"
+    try:
+        rate = parse_rate(link)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    bounds = Hardware.model_json_schema()["properties"]["link_bytes_per_s"]
+    low, high = bounds["minimum"], bounds["maximum"]
+    if not low <= rate <= high:
+        raise UserError(
+            f"{where} is {rate / 1e9:g} GB/s: a link has {low / 1e9:g} to {high / 1e9:g} GB/s"
+        )
+    return hardware.with_link(rate)
 
 
 def _policy_data(

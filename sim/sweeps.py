@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import pandas as pd
 import pyarrow as pa
@@ -28,20 +31,35 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 import policies
 from configs.errors import UserError
+from configs.files import draft_of, write_atomically
 from configs.geometry import load_geometry
 from configs.hardware import load_hardware
-from configs.load import find, read_yaml
+from configs.load import find, parse_json, read_yaml
 from configs.units import parse_bytes, parse_expert_budget, parse_rate
 from policies.errors import PolicyError
 from sim.inputs import BASE_COLUMNS, Inputs, TraceSource
-from sim.point import DEFAULT_FIT_SHARE, Point, produced_by, run_point
+from sim.point import (
+    DEFAULT_FIT_SHARE,
+    Point,
+    PointRunner,
+    can_share_decisions,
+    decisions_of,
+    linked,
+    produced_by,
+    timed_geometry,
+)
 from tracer.trace import Trace, load_arrays
+from tracer.workload import TOUCH_ORDERS
 
 CONFIG_FILE, POINTS_FILE = "sweep.json", "points.jsonl"
 PARQUET_FILE, CSV_FILE = "results.parquet", "results.csv"
+RESULTS_SCHEMA = 1  # of a row; rows of different schemas do not share a directory
 
 Progress = Callable[[int, int], None]
 Scalar = str | int | float | bool
+NumberOrText = Annotated[str, Field(coerce_numbers_to_str=True)]
+
+_MAX_INT = 2**62
 
 
 class PolicyChoice(BaseModel):
@@ -52,6 +70,14 @@ class PolicyChoice(BaseModel):
     name: str
     set: dict[str, Scalar] = Field(default_factory=dict)
 
+    @field_validator("set", mode="before")
+    @classmethod
+    def _scalars(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            for name, value in given.items():
+                _check_scalar(name, value)
+        return given
+
 
 class SweepConfig(BaseModel):
     """What to sweep. Lists multiply; ``links`` empty means each hardware's own link.
@@ -61,14 +87,14 @@ class SweepConfig(BaseModel):
     requests (0.3 if not given) is set aside for all.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     trace: str
     policies: tuple[PolicyChoice, ...] = Field(min_length=1)
     hardware: tuple[str, ...] = Field(min_length=1)
     budgets: tuple[str, ...] = ()
     expert_budgets: tuple[str, ...] = ()
-    links: tuple[str, ...] = ()
+    links: tuple[NumberOrText, ...] = ()
     geometry: str | None = None
     dtype: str | None = None
     window: int = Field(default=2, ge=1, le=64)
@@ -106,8 +132,12 @@ class SweepConfig(BaseModel):
         for name in names:
             if names.count(name) > 1:
                 raise UserError(f"two hardware entries are both named {name!r}: rename one")
-        for link in self.links:
-            parse_rate(link)
+        if self.touch_order not in TOUCH_ORDERS:
+            raise UserError(
+                f"touch_order {self.touch_order!r} is unknown: choose {', '.join(TOUCH_ORDERS)}"
+            )
+        for name, link in product(self.hardware, self.links):
+            linked(load_hardware(name), link)
         for budget in self.budgets:
             parse_bytes(budget)
         for budget in self.expert_budgets:
@@ -116,7 +146,10 @@ class SweepConfig(BaseModel):
             load_geometry(self.geometry, self.dtype)
 
     def points(self) -> list[Point]:
-        """All points in order; a policy that needs all experts appears once a system."""
+        """All points in order, equal ones once, as first spelt.
+
+        A policy that needs all experts appears once a system.
+        """
         seen: dict[str, Point] = {}
         systems = list(product(self.hardware, self.links or (None,)))
         for (hardware, link), choice in product(systems, self.policies):
@@ -136,7 +169,7 @@ class SweepConfig(BaseModel):
                     fit_share=self.judged_fit_share,
                     seed=self.seed,
                 )
-                seen[point_id(point)] = point
+                seen.setdefault(point_id(point), point)
         return list(seen.values())
 
     def _budgets(self, choice: PolicyChoice) -> list[tuple[str | None, str | None]]:
@@ -153,8 +186,24 @@ def load_config(name_or_path: str | Path) -> SweepConfig:
 
 
 def point_id(point: Point) -> str:
-    """Digest of a point's configuration."""
-    return hashlib.sha256(_canonical(point.model_dump()).encode()).hexdigest()[:16]
+    """Digest of what a point's configuration says, however it is spelt: 8GiB is 8192MiB."""
+    meant = {**point.model_dump(), "params": policies.get(point.policy).parse_given(point.params)}
+    if point.budget is not None:
+        meant["budget"] = parse_bytes(point.budget)
+    if point.expert_budget is not None:
+        meant["expert_budget"] = str(parse_expert_budget(point.expert_budget))
+    if point.link is not None:
+        meant["link"] = parse_rate(point.link)
+    return hashlib.sha256(_canonical(meant).encode()).hexdigest()[:16]
+
+
+def _check_scalar(name: object, value: object) -> None:
+    if not isinstance(value, Scalar):
+        raise ValueError(f"parameter {name} is neither text, a number nor true or false")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"parameter {name}={value} is not a finite number")
+    if isinstance(value, int) and abs(value) > _MAX_INT:
+        raise ValueError(f"parameter {name} is beyond +-2**62")
 
 
 def sweep(
@@ -172,7 +221,8 @@ def sweep(
     ``trace``: an opened trace in place of the configuration's. ``progress(done, total)`` is called
     as points finish. A point that fails is a row with ``status`` failed and its ``error``.
 
-    Raises UserError for a wrong configuration or an ``out`` that holds another sweep's results.
+    Raises UserError for a wrong configuration or trace and for an ``out`` that holds another
+    sweep's results, before ``progress`` is first called and anything is computed.
     """
     if not isinstance(config, SweepConfig):
         config = load_config(config)
@@ -182,16 +232,18 @@ def sweep(
     opened: TraceSource = Trace.open(config.trace) if trace is None else trace
     points = config.points()
     store = _Store(None if out is None else Path(out), config, opened.digest)
-    rows = store.finished()
-    waiting = [point for point in points if point_id(point) not in rows]
-    if progress is not None:
-        progress(len(points) - len(waiting), len(points))
-    for row in _run_all(opened, waiting, jobs):
-        rows[row["point_id"]] = row
-        store.append(row)
+    ids = [point_id(point) for point in points]
+    rows = store.finished(set(ids))
+    waiting = [point for point, name in zip(points, ids, strict=True) if name not in rows]
+    with _running(opened, waiting, jobs) as fresh:
         if progress is not None:
             progress(len(rows), len(points))
-    frame = to_frame([rows[point_id(point)] for point in points])
+        for row in fresh:
+            rows[row["point_id"]] = row
+            store.append(row)
+            if progress is not None:
+                progress(len(rows), len(points))
+    frame = to_frame([rows[name] for name in ids])
     store.write_tables(frame)
     return frame
 
@@ -219,22 +271,54 @@ def read_results(directory: str | Path) -> pd.DataFrame:
 # ---------------------------------------------------------------------- running
 
 
-def _run_all(trace: TraceSource, points: list[Point], jobs: int) -> Iterator[dict[str, Any]]:
-    if not points:
-        return
-    if jobs == 1 or len(points) == 1:
-        inputs = _Shared(lambda point: _inputs(trace, point))
-        yield from (_run_row(inputs.get(point), point) for point in points)
+Rows = Iterable[dict[str, Any]]
+
+
+@contextmanager
+def _running(trace: TraceSource, points: list[Point], jobs: int) -> Iterator[Rows]:
+    """Rows as they come. What would stop all points is raised at the start."""
+    groups = _groups(points)
+    if jobs == 1 or len(groups) < 2:
+        shared = _shared_inputs(trace)
+        _check_first(shared, points)
+        yield (row for group in groups for row in _run_rows(shared, group))
         return
     with _exported(trace, points) as directory:
-        tasks = (delayed(_work)(directory, point.model_dump()) for point in points)
-        try:
-            yield from Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks)
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a worker process was killed (out of memory?): lower --jobs; the same command "
-                "goes on where it stopped"
-            ) from error
+        _check_first(_shared_inputs(load_arrays(directory)), points)
+        tasks = (delayed(_work)(directory, [p.model_dump() for p in group]) for group in groups)
+        with _workers(Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks)) as results:
+            yield chain.from_iterable(results)
+
+
+@contextmanager
+def _workers(results: Generator[Rows, None, None]) -> Iterator[Iterator[Rows]]:
+    """Results of worker processes, which end with the block, whatever ends it."""
+    try:
+        yield results
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process was killed (out of memory?): lower --jobs; the same command "
+            "goes on where it stopped"
+        ) from error
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # joblib's, that closing it cancels its tasks
+            results.close()
+
+
+def _check_first(shared: _Shared, points: list[Point]) -> None:
+    """All points of a sweep time one geometry, on the same rows."""
+    for point in points[:1]:
+        timed_geometry(shared.get(point), point)
+
+
+def _groups(points: list[Point]) -> list[list[Point]]:
+    """Points that take the same decisions on other machines together, the others alone."""
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        name = decisions_of(point) if can_share_decisions(point) else point_id(point)
+        groups.setdefault(name, []).append(point)
+    return list(groups.values())
 
 
 class _Shared:
@@ -251,20 +335,26 @@ class _Shared:
         return self._known[key]
 
 
-def _inputs(trace: TraceSource, point: Point) -> Inputs:
-    return Inputs(trace, max_tokens=point.max_tokens, fit_share=point.fit_share or 0.0)
+def _shared_inputs(trace: TraceSource) -> _Shared:
+    return _Shared(
+        lambda point: Inputs(trace, max_tokens=point.max_tokens, fit_share=point.fit_share or 0.0)
+    )
 
 
 @lru_cache(maxsize=1)
 def _worker_inputs(directory: str) -> _Shared:
-    trace = load_arrays(directory)
-    return _Shared(lambda point: _inputs(trace, point))
+    return _shared_inputs(load_arrays(directory))
 
 
-def _work(directory: str, point: dict[str, Any]) -> dict[str, Any]:
-    """Runs in a worker process: one point on the shared arrays."""
-    parsed = Point.model_validate(point)
-    return _run_row(_worker_inputs(directory).get(parsed), parsed)
+def _work(directory: str, points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs in a worker process: points that belong together, on the shared arrays."""
+    parsed = [Point.model_validate(point) for point in points]
+    return list(_run_rows(_worker_inputs(directory), parsed))
+
+
+def _run_rows(shared: _Shared, group: list[Point]) -> Iterator[dict[str, Any]]:
+    runner = PointRunner(shared.get(group[0]))
+    return (_run_row(runner, point) for point in group)
 
 
 @contextmanager
@@ -288,7 +378,7 @@ def _needed_columns(point: Point) -> tuple[str, ...]:
     return info.columns(params)
 
 
-def _run_row(inputs: Inputs, point: Point) -> dict[str, Any]:
+def _run_row(runner: PointRunner, point: Point) -> dict[str, Any]:
     """One point as a flat row; an error becomes the row's ``error``."""
     info = policies.get(point.policy)
     head = {
@@ -303,11 +393,11 @@ def _run_row(inputs: Inputs, point: Point) -> dict[str, Any]:
         "time_dependent": info.time_dependent or info.prefetches,
         "fitted": info.fitted,
         **{f"point.{name}": _cell(value) for name, value in point.model_dump().items()},
-        "trace.digest": inputs.trace.digest,
+        "trace.digest": runner.inputs.trace.digest,
         **{f"produced_by.{name}": value for name, value in produced_by().items()},
     }
     try:
-        result = run_point(inputs, point)
+        result = runner.run(point)
     except (UserError, PolicyError) as error:
         return {**head, "status": "failed", "error": str(error)}
     except Exception as error:  # a fault of ours must not stop the other points; it stays visible
@@ -342,7 +432,7 @@ def _canonical(value: Any) -> str:
 
 def _read_identity(path: Path) -> dict[str, Any]:
     try:
-        begun = json.loads(path.read_text(encoding="utf-8"))
+        begun = parse_json(path.read_bytes())
     except ValueError:
         begun = None
     if not isinstance(begun, dict):
@@ -352,7 +442,7 @@ def _read_identity(path: Path) -> dict[str, Any]:
 
 def _read_row(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError:
         row = None
     if not isinstance(row, dict) or not {"point_id", "status"} <= row.keys():
@@ -376,7 +466,8 @@ class _Store:
             "geometry contents": None
             if config.geometry is None
             else load_geometry(config.geometry, config.dtype).model_dump(mode="json"),
-            **{f"version ({name})": value for name, value in produced_by().items()},
+            "results schema": RESULTS_SCHEMA,
+            "version": produced_by()["moesim"],
         }
         self._claim(out, identity)
 
@@ -394,23 +485,26 @@ class _Store:
                     f"{', '.join(differs)}): name another directory"
                 )
             return
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and set(out.iterdir()) - {draft_of(path)}:
             raise UserError(f"--out {out} is not empty and holds no sweep: name another directory")
         out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(identity, indent=1, sort_keys=True)
-        path.write_text(text + "\n", encoding="utf-8")
+        write_atomically(path, f"{text}\n".encode())
 
-    def finished(self) -> dict[str, dict[str, Any]]:
-        """Rows of points that succeeded before; a last line cut off by a kill is dropped."""
+    def finished(self, wanted: set[str]) -> dict[str, dict[str, Any]]:
+        """Rows of wanted points that succeeded before; a last line cut off by a kill is dropped."""
         if self._out is None or not (self._out / POINTS_FILE).is_file():
             return {}
         path = self._out / POINTS_FILE
         text = path.read_text(encoding="utf-8", errors="replace")
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
-            path.write_text(whole, encoding="utf-8")
-        rows = [_read_row(path, *line) for line in enumerate(whole.splitlines(), start=1)]
-        return {row["point_id"]: row for row in rows if row["status"] == "ok"}
+            write_atomically(path, whole.encode())
+        lines = [_read_row(path, *line) for line in enumerate(whole.splitlines(), start=1)]
+        good = [row for row in lines if row["status"] == "ok" and row["point_id"] in wanted]
+        rows = {row["point_id"]: row for row in good}
+        _note_other_commits(path, rows.values())
+        return rows
 
     def append(self, row: dict[str, Any]) -> None:
         """Keep a finished point now."""
@@ -423,5 +517,18 @@ class _Store:
         """Parquet and CSV of all rows."""
         if self._out is None:
             return
-        frame.to_parquet(self._out / PARQUET_FILE, index=False)
-        frame.to_csv(self._out / CSV_FILE, index=False)
+        write_atomically(self._out / PARQUET_FILE, frame.to_parquet(index=False))
+        write_atomically(self._out / CSV_FILE, frame.to_csv(index=False).encode())
+
+
+def _note_other_commits(path: Path, rows: Rows) -> None:
+    """Each row names its own commit; a user who mixes them should know."""
+    now = produced_by()["git"] or "unknown"
+    commits = Counter(row.get("produced_by.git") or "unknown" for row in rows)
+    for commit, count in commits.items():
+        if commit != now:
+            print(
+                f"moesim: note: {path}: {count} points of commit {commit} are kept beside those of "
+                f"commit {now}; for results of one commit, name another --out directory",
+                file=sys.stderr,
+            )

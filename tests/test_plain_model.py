@@ -18,6 +18,7 @@ from policies.core import ORDERS, DecisionCore
 from policies.interface import Keys, MissRule, Policy, PolicyData, Shape, Tally
 from policies.lru import Lru
 from sim.machine import Machine
+from sim.tape import can_record, play, record
 from sim.timing import HostCosts, LinkCosts, RooflineTiming, Timing
 from tests.reference.plain_model import PlainModel, PlainResult
 from tracer.workload import Workload, first_use, next_use, popularity
@@ -212,6 +213,18 @@ def run_plain(case: Case, timing: Timing, shape: Shape | None = None) -> dict[st
     return outcome(result, result.link_busy_ns, core)
 
 
+def run_tape(case: Case, timing: Timing, shape: Shape | None = None) -> dict[str, Any] | None:
+    """Decisions first, then their times; None where the decisions may depend on time."""
+    workload = Workload(make_columns(case), case.experts)
+    core = make_core(case, workload, shape or make_shape(case))
+    if case.watching or not can_record(core):
+        return None
+    tape = record(workload, core)
+    play(tape, workload, timing, window=case.window + 1)
+    timed = play(tape, workload, timing, window=case.window)
+    return outcome(timed.times, timed.link_busy_ns, core)
+
+
 def assert_same(
     case: Case,
     timing: Timing,
@@ -225,6 +238,10 @@ def assert_same(
         lean = run_lean(case, timing, shape, bursts=bursts)
         for name, figures in plain.items():
             assert lean[name] == figures, (name, bursts)
+    taped = run_tape(case, timing, shape)
+    if taped is not None:
+        for name, figures in plain.items():
+            assert taped[name] == figures, (name, "tape")
     return cast(Tally, plain["tally"])
 
 
@@ -247,7 +264,7 @@ BY_HAND = OddTiming(
 )
 
 
-MODELS = pytest.mark.parametrize("run", [run_lean, run_plain])
+MODELS = pytest.mark.parametrize("run", [run_lean, run_plain, run_tape])
 
 
 @MODELS

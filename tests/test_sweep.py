@@ -10,12 +10,15 @@ import pandas as pd
 import pytest
 
 from configs.errors import UserError
+from policies.core import DecisionCore
 from sim import SweepConfig, simulate, sweep
 from sim.inputs import set_aside
-from sim.point import Point, inputs_for
+from sim.point import Point, PointRunner, inputs_for, run_point
 from sim.sweeps import load_config, read_results
+from sim.tape import Tape, record
 from tests.traces import make_trace
 from tracer.trace import Trace
+from tracer.workload import Workload
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +105,10 @@ def test_a_fault_of_ours_is_a_row_too_and_shows_its_traceback(
 ) -> None:
     import sim.sweeps as module
 
-    def broken(inputs: Any, point: Point) -> dict[str, Any]:
+    def broken(runner: Any, point: Point) -> dict[str, Any]:
         raise ZeroDivisionError("on purpose")
 
-    monkeypatch.setattr(module, "run_point", broken)
+    monkeypatch.setattr(module.PointRunner, "run", broken)
     frame = sweep(make_config(trace_dir, links=[], policies=["lru"]))
     assert frame["status"].tolist() == ["failed", "failed"]
     assert "internal error: ZeroDivisionError" in frame.loc[0, "error"]
@@ -220,3 +223,56 @@ def test_a_damaged_result_is_named_by_its_line(trace_dir: Path, tmp_path: Path) 
     (tmp_path / "out" / "results.parquet").write_bytes(b"PAR1 cut off")
     with pytest.raises(UserError, match="cut off or edited"):
         read_results(tmp_path / "out")
+
+
+def test_decisions_are_taken_once_for_all_machines(
+    trace_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sim.point as module
+
+    taken: list[DecisionCore] = []
+
+    def counted(workload: Workload, core: DecisionCore) -> Tape:
+        taken.append(core)
+        return record(workload, core)
+
+    monkeypatch.setattr(module, "record", counted)
+    config = make_config(
+        trace_dir,
+        policies=["lru", "static", "oracle-prefetch"],
+        hardware=["rtx4090-pcie4", "t4-pcie3"],
+        links=["5GB/s", "50GB/s"],
+    )
+    frame = sweep(config)
+    budgets = len(frame["point.expert_budget"].unique())
+    assert len(taken) == 2 * budgets
+    assert (frame["status"] == "ok").all()
+    trace = Trace.open(trace_dir)
+    for point, (_, row) in zip(config.points(), frame.iterrows(), strict=True):
+        alone = run_point(inputs_for(trace, point), point)
+        assert row["tpot_ms.mean"] == alone["tpot_ms"]["mean"]
+        assert row["duration_ms"] == alone["duration_ms"]
+        assert row["h2d_bytes"] == alone["h2d_bytes"]
+
+
+def test_a_point_that_breaks_off_leaves_nothing_to_the_next(
+    trace_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sim.point as module
+
+    calls = iter(range(10))
+
+    def sometimes(workload: Workload, core: DecisionCore) -> Tape:
+        tape = record(workload, core)
+        if next(calls) == 0:
+            raise ZeroDivisionError("half way")
+        return tape
+
+    points = make_config(trace_dir, policies=["lru"], links=["5GB/s", "50GB/s"]).points()
+    first, second = points[0], points[0].model_copy(update={"link": "50GB/s"})
+    runner = PointRunner(inputs_for(Trace.open(trace_dir), first))
+    expected = run_point(runner.inputs, second)
+    monkeypatch.setattr(module, "record", sometimes)
+    with pytest.raises(ZeroDivisionError):
+        runner.run(first)
+    assert runner.run(second) == expected

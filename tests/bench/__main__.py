@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
 def _table(cases: list[dict[str, Any]]) -> list[str]:
     if not cases:
         return []
-    head = f"{'case':30} {'hit rate':>8} {'lean, accesses/s':>32} {'plain, accesses/s':>32}"
+    head = f"{'case':38} {'hit rate':>8} {'lean, accesses/s':>32} {'plain, accesses/s':>32}"
     return [f"{head} {'ratio':>22}", *map(_row, cases)]
 
 
@@ -55,7 +55,8 @@ def _row(case: dict[str, Any]) -> str:
     plain = _spread(case["plain_accesses_per_s"], case["plain_range"])
     low, high = case["ratio_range"]
     ratio = f"{case['ratio']:.2f} ({low:.2f} to {high:.2f})"
-    return f"{case['case']:30} {case['hit_rate']:8.1%} {lean:>32} {plain:>32} {ratio:>22}"
+    rate = f"{case['hit_rate']:.1%}" if "hit_rate" in case else ""
+    return f"{case['case']:38} {rate:>8} {lean:>32} {plain:>32} {ratio:>22}"
 
 
 def _spread(middle: int, ends: list[int]) -> str:

@@ -27,6 +27,7 @@ from policies.capacity import plan_memory
 from policies.core import DecisionCore
 from policies.interface import PolicyData, Shape
 from sim.machine import Machine
+from sim.tape import play, record
 from sim.timing import RooflineTiming
 from tests.bench.routing import EXPERTS, LAYERS, TOP_K, decode_columns
 from tests.reference.plain_model import PlainModel
@@ -102,6 +103,38 @@ def test_lean_beside_plain(name: str, system: System, benchmark: BenchmarkFixtur
     benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=0)
     figures = _figures(seconds, system.workload.num_accesses)
     benchmark.extra_info.update(case=name, hit_rate=round(hit_rate, 4), **figures)
+    assert figures["ratio"] >= LEAST_RATIO
+
+
+def test_decided_once_beside_each_alone(system: System, benchmark: BenchmarkFixture) -> None:
+    """Ten machines: the decisions of lru once, timed for all, beside a run of each."""
+    links = [4, 6, 8, 12, 16, 24, 32, 40, 48, 55]
+    hardware = load_hardware("h200-pcie5")
+    geometry = load_geometry("olmoe-1b-7b")
+    machines = [RooflineTiming(geometry, hardware.with_link(rate * 1e9)) for rate in links]
+
+    def shared() -> list[int]:
+        tape = record(system.workload, system.core("lru", {}))
+        return [play(tape, system.workload, timing).times.end[-1] for timing in machines]
+
+    def alone() -> list[int]:
+        ends = []
+        for timing in machines:
+            machine = Machine(system.workload, system.core("lru", {}), timing)
+            machine.run()
+            ends.append(machine.times.end[-1])
+        return ends
+
+    assert shared() == alone()
+    seconds: dict[str, list[float]] = {"lean": [], "plain": []}
+
+    def one_round() -> None:
+        seconds["plain"].append(_time(alone))
+        seconds["lean"].append(_time(shared))
+
+    benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=0)
+    figures = _figures(seconds, len(links) * system.workload.num_accesses)
+    benchmark.extra_info.update(case="lru on 10 machines: once, each alone", **figures)
     assert figures["ratio"] >= LEAST_RATIO
 
 
