@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -31,13 +33,18 @@ app.add_typer(importer, name="import")
 # Typer reports wrong usage by click's UsageError, and carries click inside since 0.26: this public
 # name leads to the class in either case.
 _UsageError: Any = typer.BadParameter.__bases__[0]
+_INTERRUPTED = 128 + signal.SIGINT
 
 Out = Annotated[Path, typer.Option("--out", help="Directory to write; must be new or empty.")]
 Model = Annotated[str, typer.Option("--model", help="Name in configs/models, or a YAML file.")]
 
 
 def main() -> None:
-    """Run the command line; what a user can mend ends in one line on stderr and exit code 2."""
+    """Run the command line; what a user can mend ends in one line on stderr and exit code 2.
+
+    SIGTERM ends it as Ctrl-C does: what runs is stopped and scratch files are removed.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         status = app(standalone_mode=False)
     except _UsageError as error:
@@ -48,11 +55,17 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}; name a place that can be written and has room")
     except (typer.Abort, KeyboardInterrupt):
-        _fail("interrupted")
+        status = _INTERRUPTED
+    if status == _INTERRUPTED:
+        print("moesim: interrupted", file=sys.stderr)
     raise SystemExit(status if isinstance(status, int) else 0)
 
 
-def _fail(message: str) -> None:
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _fail(message: str) -> NoReturn:
     """One line on stderr, exit code 2."""
     line = " ".join(message.split())
     print(f"moesim: error: {line}", file=sys.stderr)
@@ -121,13 +134,14 @@ def inspect_command(
 
     Example: moesim inspect sample --figure inspect.png
     """
+    from configs.files import prepare_figure
     from tracer.inspect import draw_inspection, inspect_trace, render
     from tracer.trace import Trace
 
     opened = Trace.open(trace)
     _notes(opened)
-    if figure is not None and figure.exists():
-        raise UserError(f"--figure {figure} exists already: name another file")
+    if figure is not None:
+        prepare_figure(figure)
     render(Console(), inspect_trace(opened))
     if figure is not None:
         draw_inspection(opened, figure)
@@ -307,32 +321,37 @@ def sweep_command(
 ) -> None:
     """Run all points of a sweep; print the ranking and which policy to pick.
 
+    Exit code 0: all points succeeded; 1: some failed, and the results say why; 2: the sweep could
+    not run, or no point succeeded.
+
     Example: moesim sweep demo --out out/demo --jobs 2
     """
     from sim.sweeps import load_config, sweep
 
     chosen = load_config(config)
-    chosen.check()
+    bar = _progress()
+    task = bar.add_task("points", total=None)
     kept = [0, 0]
+    with ExitStack() as shown:
 
-    def progress(done: int, total: int) -> None:
-        if kept[1] == 0 and done:
-            bar.console.print(f"{done} of {total} points found in {out}; going on")
-        kept[:] = done, total
-        bar.update(task, completed=done, total=total)
+        def progress(done: int, total: int) -> None:
+            if kept[1] == 0:  # the sweep can run: before, an error is all there is to show
+                shown.enter_context(bar)
+                if done:
+                    bar.console.print(f"{done} of {total} points found in {out}; going on")
+            kept[:] = done, total
+            bar.update(task, completed=done, total=total)
 
-    with _progress() as bar:
-        task = bar.add_task("points", total=None)
         try:
             frame = sweep(chosen, out=out, jobs=jobs, progress=progress)
-        except KeyboardInterrupt:
-            bar.stop()
+        except (KeyboardInterrupt, SystemExit) as stop:
+            shown.close()
             print(
-                f"moesim: interrupted: {kept[0]} of {kept[1]} points are kept in {out}; the same "
-                "command goes on",
+                f"moesim: interrupted: {kept[0]} points are kept in {out}; the same command "
+                "goes on",
                 file=sys.stderr,
             )
-            raise SystemExit(130) from None
+            raise SystemExit(getattr(stop, "code", _INTERRUPTED)) from None
     _conclude(frame)
     failed = frame[frame["status"] == "failed"]
     for _, row in failed.iterrows():
@@ -343,11 +362,14 @@ def sweep_command(
     print(f"\n{len(frame) - len(failed)} of {len(frame)} points; table: {out / 'results.csv'}")
     if len(failed) == len(frame):
         raise UserError("no point of this sweep succeeded; see the errors above")
+    if len(failed):
+        raise typer.Exit(1)
 
 
 def _conclude(frame: Any) -> None:
     """Ranking and recommendation."""
-    from sim.ranking import recommend, render_ranking
+    from sim.advice import recommend
+    from sim.tables import render_ranking
 
     if not (frame["status"] == "ok").any():
         return

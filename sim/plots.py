@@ -7,9 +7,8 @@ if it is not. Colours are Okabe and Ito's, which the colour-blind tell apart; ma
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,34 +26,23 @@ from matplotlib.ticker import (
     NullFormatter,
 )
 
-from configs.errors import UserError
-from sim.ranking import (
+from configs.figure_style import GREY, INK, LOOKS, PALE, STYLE, save_figure
+from sim.front import front, without_slivers
+from sim.ranking import pick_of
+from sim.selection import (
     BASELINE,
     RESIDENT,
-    front,
     is_estimated,
     link_name,
     middle,
     middle_budget,
-    pick_of,
     prepare,
     systems,
-    three_figures,
-    without_slivers,
 )
+from sim.wording import three_figures
 
-_DPI = 150
 _GIB = 2**30
-_GREY, _PALE, _INK = "#6E6E6E", "#C4C4C4", "#222222"
 _FRONT = "#F2D64B"
-_LOOKS = (
-    ("#0072B2", "o"),
-    ("#D55E00", "s"),
-    ("#009E73", "^"),
-    ("#CC79A7", "D"),
-    ("#56B4E9", "v"),
-    ("#E69F00", "P"),
-)
 _MARKED: Any = {
     "markersize": 5,
     "linewidth": 1.4,
@@ -70,20 +58,6 @@ _WIDTH_INCHES = 10.5
 _SAMPLE_INCHES, _LETTER_INCHES = 0.65, 0.07  # of a legend entry, generous
 _HEAD_INCHES, _FOOT_INCHES, _LEGEND_ROW_INCHES = 0.55, 0.22, 0.18
 _LONGEST_NOTE = 90
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#DDDDDD",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "svg.hashsalt": "moesim",
-}
 _PARTS = (
     ("host", "host", "#999999", ""),
     ("segments", "attention, norms, gates", "#0072B2", ""),
@@ -103,8 +77,8 @@ def draw_pareto(frame: pd.DataFrame, out_dir: str | Path) -> list[Path]:
     points = prepare(frame)
     paths: list[Path] = []
     for name, rows in _figures(points):
-        with matplotlib.rc_context(_STYLE):
-            paths += _save(_pareto_figure(rows), Path(out_dir), f"pareto{name}")
+        with matplotlib.rc_context(STYLE):
+            paths += save_figure(_pareto_figure(rows), Path(out_dir), f"pareto{name}")
     return paths
 
 
@@ -116,8 +90,8 @@ def draw_hits(frame: pd.DataFrame, out_dir: str | Path) -> list[Path]:
     points = prepare(frame)
     paths: list[Path] = []
     for name, rows in _figures(points):
-        with matplotlib.rc_context(_STYLE):
-            paths += _save(
+        with matplotlib.rc_context(STYLE):
+            paths += save_figure(
                 _hits_figure(_middle_system(rows), _cast(rows)), Path(out_dir), f"hits{name}"
             )
     return paths
@@ -131,9 +105,9 @@ def draw_breakdown(frame: pd.DataFrame, out_dir: str | Path) -> list[Path]:
     points = prepare(frame)
     paths: list[Path] = []
     for name, rows in _figures(points):
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context(STYLE):
             figure = _breakdown_figure(_middle_system(rows))
-            paths += _save(figure, Path(out_dir), f"breakdown{name}")
+            paths += save_figure(figure, Path(out_dir), f"breakdown{name}")
     return paths
 
 
@@ -185,9 +159,9 @@ def _cast(points: pd.DataFrame) -> _Cast:
     scores = _scores(contested)
     kinds = contested.groupby("label")["kind"].first()
     causal = [label for label in scores if kinds[label] == "causal" and label != BASELINE]
-    shown = causal[: len(_LOOKS)]
+    shown = causal[: len(LOOKS)]
     return _Cast(
-        colours=dict(zip(shown, _LOOKS, strict=False)),
+        colours=dict(zip(shown, LOOKS, strict=False)),
         bounds=_pick_bounds(contested, scores),
         others=tuple(
             label for label in scores if kinds[label] != "bound" and label not in (*shown, BASELINE)
@@ -269,9 +243,9 @@ def _log_ms(axes: Axes, low: float, high: float) -> None:
 def _pareto_panel(axes: Axes, points: pd.DataFrame, cast: _Cast) -> None:
     _draw_front(axes, points)
     for label in cast.others:
-        _line(axes, points, label, color=_PALE, linewidth=0.9, zorder=2)
+        _line(axes, points, label, color=PALE, linewidth=0.9, zorder=2)
     for label, dashes in cast.bounds.items():
-        _line(axes, points, label, color=_GREY, linestyle=dashes, linewidth=1.4, zorder=3)
+        _line(axes, points, label, color=GREY, linestyle=dashes, linewidth=1.4, zorder=3)
     for label, (colour, marker) in reversed(cast.colours.items()):
         _line(
             axes,
@@ -282,9 +256,9 @@ def _pareto_panel(axes: Axes, points: pd.DataFrame, cast: _Cast) -> None:
             **_MARKED,
             zorder=4,
         )
-    _line(axes, points, BASELINE, color=_INK, marker="x", markersize=6, linestyle="", zorder=5)
+    _line(axes, points, BASELINE, color=INK, marker="x", markersize=6, linestyle="", zorder=5)
     near = points[~_far_resident(points)]
-    _line(axes, near, RESIDENT, color=_INK, marker="*", markersize=12, linestyle="", zorder=5)
+    _line(axes, near, RESIDENT, color=INK, marker="*", markersize=12, linestyle="", zorder=5)
     limit = _mark_limit(axes, near)
     _panel_note(axes, points, limit)
 
@@ -320,7 +294,7 @@ def _draw_front(axes: Axes, points: pd.DataFrame) -> None:
     pick = pick_of(points)
     if pick is not None:
         where = (pick["memory.peak_bytes"] / _GIB, pick["tpot_ms.mean"])
-        axes.plot(*where, marker="o", markersize=11, color=_INK, fillstyle="none", zorder=6)
+        axes.plot(*where, marker="o", markersize=11, color=INK, fillstyle="none", zorder=6)
 
 
 def _panel_note(axes: Axes, points: pd.DataFrame, limit: float | None) -> None:
@@ -348,7 +322,7 @@ def _panel_note(axes: Axes, points: pd.DataFrame, limit: float | None) -> None:
         ha="right",
         va="top",
         fontsize=8.5,
-        color=_INK,
+        color=INK,
     )
 
 
@@ -357,7 +331,7 @@ def _mark_limit(axes: Axes, points: pd.DataFrame) -> float | None:
     limit = float(points["memory.gpu_memory_bytes"].iloc[0] / _GIB)
     if limit > 1.25 * points["memory.peak_bytes"].max() / _GIB:
         return None
-    axes.axvline(limit, color=_INK, linewidth=1)
+    axes.axvline(limit, color=INK, linewidth=1)
     axes.annotate(
         f"GPU: {limit:.1f} GiB",
         (limit, 1),
@@ -391,16 +365,16 @@ def _cast_handles(points: pd.DataFrame, cast: _Cast) -> list[Line2D]:
     if RESIDENT in present:
         handles.append(_dot("*", "all experts resident", markersize=11))
     if cast.others:
-        handles.append(Line2D([], [], color=_PALE, linewidth=1.2, label=_others_name(cast.others)))
+        handles.append(Line2D([], [], color=PALE, linewidth=1.2, label=_others_name(cast.others)))
     handles += [
-        Line2D([], [], color=_GREY, linestyle=dashes, linewidth=1.4, label=f"bound: {label}")
+        Line2D([], [], color=GREY, linestyle=dashes, linewidth=1.4, label=f"bound: {label}")
         for label, dashes in cast.bounds.items()
     ]
     return handles
 
 
 def _dot(marker: str, label: str, **look: Any) -> Line2D:
-    return Line2D([], [], color=_INK, marker=marker, linestyle="", label=label, **look)
+    return Line2D([], [], color=INK, marker=marker, linestyle="", label=label, **look)
 
 
 def _others_name(labels: Sequence[str]) -> str:
@@ -421,9 +395,9 @@ def _hits_figure(points: pd.DataFrame, cast: _Cast) -> Figure:
     for axes in panels:
         _share_axis(axes, shares)
     left = panels[0]
-    left.plot((0, 1), (0, 1), color=_PALE, linestyle=":", zorder=1)
+    left.plot((0, 1), (0, 1), color=PALE, linestyle=":", zorder=1)
     _hit_lines(left, contested, cast)
-    _hit_line(left, contested, BASELINE, color=_INK, marker="x", linestyle="", clip_on=False)
+    _hit_line(left, contested, BASELINE, color=INK, marker="x", linestyle="", clip_on=False)
     left.set(title="Decode hits", ylabel="hit rate (% of accesses)", ylim=(0, 1.02))
     left.set_xlim(0, 1.05 * max(shares, default=1))
     if not best.empty:
@@ -437,7 +411,7 @@ def _hits_figure(points: pd.DataFrame, cast: _Cast) -> Figure:
         panels[1].set_ylim(bottom=0)
         panels[1].set(title="Short of the best bound", ylabel="missing (points of hit rate)")
     handles = _cast_handles(contested, cast)
-    handles.append(Line2D([], [], color=_PALE, linestyle=":", label="uniformly random routing"))
+    handles.append(Line2D([], [], color=PALE, linestyle=":", label="uniformly random routing"))
     _frame_figure(figure, "Hit rate against budget", points, handles, cast.others)
     return figure
 
@@ -459,9 +433,9 @@ def _share_axis(axes: Axes, shares: Sequence[float]) -> None:
 
 def _hit_lines(axes: Axes, points: pd.DataFrame, cast: _Cast) -> None:
     for label in cast.others:
-        _hit_line(axes, points, label, color=_PALE, linewidth=0.9, zorder=2)
+        _hit_line(axes, points, label, color=PALE, linewidth=0.9, zorder=2)
     for label, dashes in cast.bounds.items():
-        _hit_line(axes, points, label, color=_GREY, linestyle=dashes, linewidth=1.4, zorder=3)
+        _hit_line(axes, points, label, color=GREY, linestyle=dashes, linewidth=1.4, zorder=3)
     for label, (colour, marker) in reversed(cast.colours.items()):
         _hit_line(axes, points, label, color=colour, marker=marker, **_MARKED, zorder=4)
 
@@ -519,7 +493,7 @@ def _bars(axes: Axes, rows: pd.DataFrame) -> None:
         axes.text(end, place, f" {three_figures(tpot)} ms", va="center", fontsize=8.5)
     axes.set_yticks(places, labels=[_bar_name(row) for row in rows.to_dict("records")])
     for tick, kind in zip(axes.get_yticklabels(), rows["kind"], strict=True):
-        tick.set_color(_INK if kind == "causal" else _GREY)
+        tick.set_color(INK if kind == "causal" else GREY)
     axes.invert_yaxis()
     axes.margins(x=0.08, y=0.01)
     axes.set_xlim(left=0)
@@ -547,10 +521,8 @@ def _frame_figure(
     """Title and what it is of above; legend and notes below, without overlap."""
     height = figure.get_figheight()
     top, foot = _HEAD_INCHES / height, _FOOT_INCHES / height
-    figure.text(
-        0.01, 1 - 0.09 / height, title, va="top", fontsize=12, fontweight="bold", color=_INK
-    )
-    figure.text(0.01, 1 - 0.32 / height, _subject(points), va="top", fontsize=9.5, color=_GREY)
+    figure.text(0.01, 1 - 0.09 / height, title, va="top", fontsize=12, fontweight="bold", color=INK)
+    figure.text(0.01, 1 - 0.32 / height, _subject(points), va="top", fontsize=9.5, color=GREY)
     columns = _legend_columns([str(handle.get_label()) for handle in handles])
     figure.legend(
         handles=list(handles),
@@ -566,7 +538,7 @@ def _frame_figure(
     notes = {"left": _others_note(others), "right": _basis_note(points)}
     for side, note in notes.items():
         x = 0.01 if side == "left" else 0.995
-        figure.text(x, 0.06 / height, note, ha=side, fontsize=7.5, color=_GREY)
+        figure.text(x, 0.06 / height, note, ha=side, fontsize=7.5, color=GREY)
 
 
 def _legend_columns(labels: Sequence[str]) -> int:
@@ -604,26 +576,3 @@ def _others_note(others: Sequence[str]) -> str:
 def _basis_note(points: pd.DataFrame) -> str:
     routing = f"routing of {points['trace.model'].iloc[0]}; " if "trace.model" in points else ""
     return f"{routing}time is estimated, not validated" if is_estimated(points) else routing[:-2]
-
-
-def _save(figure: Figure, out_dir: Path, name: str) -> list[Path]:
-    """PNG and SVG, both drawn before either is written."""
-    metadata: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None}}
-    drawn = {}
-    for suffix, facts in metadata.items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix, dpi=_DPI, metadata=facts)
-        drawn[out_dir / f"{name}.{suffix}"] = buffer.getvalue()
-    _refuse_to_replace(drawn.items())
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for path, content in drawn.items():
-        path.write_bytes(content)
-    return list(drawn)
-
-
-def _refuse_to_replace(drawn: Iterable[tuple[Path, bytes]]) -> None:
-    for path, content in drawn:
-        if path.exists() and path.read_bytes() != content:
-            raise UserError(
-                f"{path}: another figure is there: remove it or name another directory with --out"
-            )

@@ -12,17 +12,12 @@ from rich.console import Console
 
 from configs.errors import UserError
 from sim import SweepConfig, sweep
-from sim.ranking import (
-    knee,
-    middle_budget,
-    pareto,
-    prepare,
-    rank,
-    recommend,
-    render_ranking,
-    three_figures,
-    without_slivers,
-)
+from sim.advice import recommend
+from sim.front import knee, pareto, without_slivers
+from sim.ranking import rank
+from sim.selection import middle_budget, prepare
+from sim.tables import render_ranking
+from sim.wording import three_figures
 from tracer.trace import Trace
 
 GIB = 2**30
