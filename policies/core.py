@@ -27,6 +27,7 @@ from policies.interface import (
     Policy,
     Prediction,
     Shape,
+    Signals,
     Tally,
 )
 from policies.memory import ABSENT, COPYING, QUEUED, RESIDENT, ExpertMemory
@@ -66,6 +67,7 @@ class DecisionCore:
         policy: Policy,
         options: Options | None = None,
         *,
+        signals: Signals | None = None,
         clock_ns: Callable[[], int] | None = None,
         log: list[tuple[object, ...]] | None = None,
     ) -> None:
@@ -78,6 +80,7 @@ class DecisionCore:
         self.plan = plan
         self.policy = policy
         self.options = options
+        self.signals = signals
         self.clock_ns = clock_ns
         self.log = log
         self.memory = ExpertMemory(shape, plan)
@@ -141,6 +144,8 @@ class DecisionCore:
         if counters is None:
             counters = self.tally.buckets[bucket] = Counters()
         self.counters = counters
+        if self.signals is not None:
+            self.signals.begin_step(step)
         self._rule.on_step(step)
 
     def step_end(self) -> None:
@@ -154,6 +159,8 @@ class DecisionCore:
         ``tokens``: assignments of each key, asked for by CPU miss rules only.
         """
         self.layer = layer
+        if self.signals is not None:
+            self.signals.reach(layer)
         if self._lossy:
             keys = self._route(layer, keys)
         state = self._state

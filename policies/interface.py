@@ -199,6 +199,76 @@ class EventTable(Protocol):
     def __len__(self) -> int: ...
 
 
+class Signals(Protocol):
+    """What the model says of the step in progress, beside the expert ids.
+
+    The driver serves it: from a trace, or live from the GPU. The core moves it on, and it refuses
+    to show a gate that has not run yet, so no policy can look ahead by mistake.
+    """
+
+    def begin_step(self, step: int) -> None:
+        """A forward step begins (called by the core)."""
+        ...
+
+    def reach(self, layer: int) -> None:
+        """The gate of ``layer`` has run (called by the core)."""
+        ...
+
+    def layer_rows(self, name: str, layer: int) -> Any:
+        """A column by layer, such as ``gate_probs``: array [rows, ...], a row a token of the step.
+
+        Raises LookupError for a gate that has not run.
+        """
+        ...
+
+    def step_rows(self, name: str) -> Any:
+        """A column known when the step begins, such as ``embedding``: array [rows, ...]."""
+        ...
+
+
+class Recorded(Protocol):
+    """Steps of the requests set aside for fitting: known as a whole, judged never.
+
+    ``events``: what each (step, layer) needed. ``column(name)``: array [rows, ...]; by row
+    ``step_of_row`` (from 0, int [rows]) and ``request_of_row``.
+    """
+
+    @property
+    def events(self) -> EventTable: ...
+
+    @property
+    def step_of_row(self) -> Any: ...
+
+    @property
+    def request_of_row(self) -> Any: ...
+
+    @property
+    def phase_of_row(self) -> Any: ...
+
+    def column(self, name: str) -> Any:
+        """Array [rows, ...] of a column that the policy declared."""
+        ...
+
+
+class Costs(Protocol):
+    """The machine's measured costs, for policies that weigh one way against another, ns.
+
+    A policy that asks declares ``reads_costs``: its decisions differ from machine to machine.
+    """
+
+    def copy_ns(self, nbytes: int) -> int:
+        """A copy of ``nbytes`` on an idle link, issue included."""
+        ...
+
+    def gpu_experts_ns(self, layer: int, experts: int, assignments: int) -> int:
+        """One launch over ``experts`` distinct experts and their token assignments."""
+        ...
+
+    def cpu_experts_ns(self, layer: int, experts: int, assignments: int) -> int:
+        """The same on the CPU workers, activations over and back included."""
+        ...
+
+
 @dataclass(frozen=True)
 class PolicyData:
     """What a policy may know beyond the events it is fed. Absent inputs are None.
@@ -207,6 +277,10 @@ class PolicyData:
     :meth:`tracer.workload.Workload.predictions`. ``popularity``: int [layers, E], counted on other
     requests than those judged. ``events``, ``next_use``, ``first_use``: the future, given to
     declared oracles only. ``columns``: names of the trace's columns.
+
+    ``signals``: the step in progress. ``fit``: the requests set aside, for fitted policies.
+    ``costs``: the machine's, for policies that declare ``reads_costs``. ``expert_norms``: weight
+    norms [layers][E] where the trace has them.
     """
 
     shape: Shape
@@ -217,6 +291,10 @@ class PolicyData:
     next_use: Any = None
     first_use: Any = None
     seed: int = 0
+    signals: Signals | None = None
+    fit: Recorded | None = None
+    costs: Costs | None = None
+    expert_norms: Sequence[Sequence[float]] | None = None
 
 
 @dataclass(frozen=True)

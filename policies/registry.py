@@ -11,6 +11,7 @@ Every module in this package is imported by :func:`policies.names`, so a new fil
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import math
 import pkgutil
@@ -66,13 +67,22 @@ class Param:
             if word not in words:
                 raise PolicyError(f"{where} is neither true nor false")
             return words[word]
-        if isinstance(value, bool) and self.kind is not str:
+        if self.kind is str:
+            return str(value)
+        if isinstance(value, bool):
             raise PolicyError(f"{where} is not a number")
         try:
-            return self.kind(str(value))
+            return self.kind(_plain_number(str(value)))
         except ValueError:
-            wanted = {int: "a whole number", float: "a number"}.get(self.kind, "text")
+            wanted = {int: "a whole number", float: "a number"}[self.kind]
             raise PolicyError(f"{where} is not {wanted}") from None
+
+
+def _plain_number(text: str) -> str:
+    """Python also reads `1_0` and the digits of other scripts."""
+    if "_" in text or not text.isascii():
+        raise ValueError(text)
+    return text
 
 
 #: Options that any policy takes beside its own parameters.
@@ -104,6 +114,8 @@ class PolicyInfo:
     prefetches: bool = False
     fitted: bool = False
     needs_all: bool = False
+    reads_costs: bool = False
+    reads_signals: bool = False
     columns: Callable[[Params], tuple[str, ...]] = lambda params: ()
 
     @property
@@ -120,16 +132,8 @@ class PolicyInfo:
     def parse(self, given: Mapping[str, object]) -> tuple[dict[str, Any], Options]:
         """Own parameters (defaults filled in) and the common options among ``given``."""
         known = {**COMMON, **self.params}
-        for name in given:
-            if name not in known:
-                raise PolicyError(
-                    f"{self.name}: parameter '{name}' is unknown{_closest(name, known)}; "
-                    f"it takes {', '.join(sorted(known))}"
-                )
-        values = {
-            name: param.parse(self.name, name, given.get(name, param.default))
-            for name, param in known.items()
-        }
+        defaults = {name: param.default for name, param in known.items()}
+        values = self.parse_given({**defaults, **given})
         staging = values["staging_slots"]
         options = Options(
             order=values["order"],
@@ -139,6 +143,17 @@ class PolicyInfo:
             reset=values["reset"],
         )
         return {name: values[name] for name in self.params}, options
+
+    def parse_given(self, given: Mapping[str, object]) -> dict[str, Any]:
+        """Only the parameters and common options that are ``given``, parsed."""
+        known = {**COMMON, **self.params}
+        for name in given:
+            if name not in known:
+                raise PolicyError(
+                    f"{self.name}: parameter '{name}' is unknown{_closest(name, known)}; "
+                    f"it takes {', '.join(sorted(known))}"
+                )
+        return {name: known[name].parse(self.name, name, value) for name, value in given.items()}
 
 
 _REGISTRY: dict[str, PolicyInfo] = {}
@@ -156,6 +171,7 @@ def register(name: str, **traits: Any) -> Callable[[Builder], Builder]:
     return decorate
 
 
+@functools.cache
 def _load_all() -> None:
     package = importlib.import_module("policies")
     for module in pkgutil.iter_modules(package.__path__):

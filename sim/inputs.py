@@ -87,6 +87,7 @@ class Inputs:
         self._futures: dict[str, tuple[Any, Any]] = {}
         self._lookahead: dict[tuple[str, int, str], Ragged] = {}
         self._popularity: Any = None
+        self._fit: FitRows | None = None
 
     @property
     def num_experts(self) -> int:
@@ -116,22 +117,109 @@ class Inputs:
             self._futures[touch_order] = known
         return known
 
-    def popularity(self) -> Any:
-        """Events that needed each expert, int [L, E], on the requests set aside; None: none are."""
+    def fit(self) -> FitRows | None:
+        """The requests set aside; None: none are."""
         if not self.fitted_on:
             return None
+        if self._fit is None:
+            work = Workload(self._columns, self.num_experts, requests=self.fitted_on)
+            self._fit = FitRows(self, work)
+        return self._fit
+
+    def popularity(self) -> Any:
+        """Events that needed each expert, int [L, E], on the requests set aside; None: none are."""
+        fit = self.fit()
+        if fit is None:
+            return None
         if self._popularity is None:
-            fit = Workload(self._columns, self.num_experts, requests=self.fitted_on)
-            self._popularity = popularity(fit)
+            self._popularity = popularity(fit.workload)
         return self._popularity
+
+    def ensure(self, name: str) -> None:
+        """Load an optional column unless it is there already."""
+        if name not in self._columns:
+            self._columns[name] = np.asarray(self.trace.load([name], 0, self.max_tokens)[name])
+
+    def signals(self, touch_order: str) -> TraceSignals:
+        """The judged requests' columns, one step at a time."""
+        return TraceSignals(self, self.workload(touch_order))
 
     def lookahead(self, name: str, width: int, touch_order: str) -> EventTable:
         """Recorded predictions of the judged requests."""
         known = self._lookahead.get((name, width, touch_order))
         if known is None:
-            if name not in self._columns:
-                loaded = self.trace.load([name], 0, self.max_tokens)
-                self._columns[name] = np.asarray(loaded[name])
+            self.ensure(name)
             known = self.workload(touch_order).predictions(name, width)
             self._lookahead[name, width, touch_order] = known
+        return known
+
+
+class FitRows:
+    """:class:`policies.interface.Recorded` over the requests set aside."""
+
+    def __init__(self, inputs: Inputs, workload: Workload) -> None:
+        self.workload = workload
+        self._inputs = inputs
+
+    @property
+    def events(self) -> EventTable:
+        return self.workload.events
+
+    @property
+    def step_of_row(self) -> npt.NDArray[Any]:
+        return self.workload.step_of_row
+
+    @property
+    def request_of_row(self) -> npt.NDArray[Any]:
+        return self.workload.request_of_row
+
+    @property
+    def phase_of_row(self) -> npt.NDArray[Any]:
+        return self.workload.phase_of_row
+
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """Rows of the requests set aside."""
+        self._inputs.ensure(name)
+        return self.workload.column(name)
+
+
+class TraceSignals:
+    """:class:`policies.interface.Signals` from the recorded columns of the judged requests."""
+
+    def __init__(self, inputs: Inputs, workload: Workload) -> None:
+        self._inputs = inputs
+        self._workload = workload
+        self._columns: dict[str, npt.NDArray[Any]] = {}
+        self._bounds = np.append(workload.row_of_step, workload.num_tokens).tolist()
+        self._rows = slice(0, 0)
+        self._reached = -1
+
+    def begin_step(self, step: int) -> None:
+        """Show the rows of ``step``, and no gate yet."""
+        self._rows = slice(self._bounds[step], self._bounds[step + 1])
+        self._reached = -1
+
+    def reach(self, layer: int) -> None:
+        """Show the gates up to ``layer``."""
+        self._reached = layer
+
+    def layer_rows(self, name: str, layer: int) -> npt.NDArray[Any]:
+        """A gate's rows; LookupError where it has not run."""
+        if layer > self._reached:
+            raise LookupError(f"{name} of layer {layer}: the step has reached {self._reached}")
+        rows: npt.NDArray[Any] = self._column(name)[self._rows, layer]
+        return rows
+
+    def step_rows(self, name: str) -> npt.NDArray[Any]:
+        """The step's rows of a column that has no layers."""
+        column = self._column(name)
+        if column.ndim > 1 and name != "embedding":
+            raise LookupError(f"{name} is known by layer only: ask for layer_rows")
+        return column[self._rows]
+
+    def _column(self, name: str) -> npt.NDArray[Any]:
+        known = self._columns.get(name)
+        if known is None:
+            self._inputs.ensure(name)
+            known = self._columns[name] = self._workload.column(name)
         return known

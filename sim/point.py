@@ -88,7 +88,7 @@ def decisions_of(point: Point) -> str:
 def can_share_decisions(point: Point) -> bool:
     """Whether the point's decisions depend on event contents only, whatever the machine."""
     info = policies.get(point.policy)
-    return not (info.time_dependent or info.prefetches)
+    return not (info.time_dependent or info.prefetches or info.reads_costs)
 
 
 def run_point(inputs: Inputs, point: Point) -> dict[str, Any]:
@@ -137,9 +137,10 @@ class PointRunner:
         timing = RooflineTiming(geometry, hardware)
         known = self._known
         if known is None or known.decisions != decisions_of(point):
-            policy = info.build(params, _policy_data(info, params, inputs, point, shape))
+            data = _policy_data(info, params, inputs, point, shape, timing)
+            policy = info.build(params, data)
             plan = _plan(shape, policy, options, memory, point)
-            core = DecisionCore(shape, plan, policy, options)
+            core = DecisionCore(shape, plan, policy, options, signals=data.signals)
             known = _Known(decisions_of(point), plan, core)
         self._known = None  # should the run break off, nothing half done is left for the next
         measured = _measure(point, workload, known, timing)
@@ -237,9 +238,14 @@ def linked(hardware: Hardware, link: str) -> Hardware:
 
 
 def _policy_data(
-    info: PolicyInfo, params: dict[str, Any], inputs: Inputs, point: Point, shape: Shape
+    info: PolicyInfo,
+    params: dict[str, Any],
+    inputs: Inputs,
+    point: Point,
+    shape: Shape,
+    timing: Timing,
 ) -> PolicyData:
-    """What this policy may know; the future only if it is a declared oracle."""
+    """What this policy may know, by what it declares: the future only if it is an oracle."""
     touch = point.touch_order
     future: dict[str, Any] = {}
     if info.oracle:
@@ -251,6 +257,10 @@ def _policy_data(
         lookahead=lambda name, width: inputs.lookahead(name, width, touch),
         columns=frozenset(inputs.trace.columns()),
         popularity=inputs.popularity() if info.fitted else None,
+        fit=inputs.fit() if info.fitted else None,
+        signals=inputs.signals(touch) if info.reads_signals else None,
+        costs=timing if info.reads_costs else None,
+        expert_norms=inputs.manifest.expert_norms,
         seed=point.seed,
         **future,
     )

@@ -79,6 +79,14 @@ class Timing(ABC):
     def combine_ns(self) -> int:
         """GPU time to add what the CPU computed."""
 
+    def copy_ns(self, nbytes: int) -> int:
+        """A copy of ``nbytes`` on an idle link, from the host's hand-over to its landing."""
+        return self.host.copy_issue_ns + self.link.startup_ns + self.link.transfer_ns(nbytes)
+
+    def gpu_experts_ns(self, layer: int, experts: int, assignments: int) -> int:
+        """The experts' launch, as policies ask for it (:class:`policies.interface.Costs`)."""
+        return self.experts_ns(layer, experts, assignments)
+
 
 class RooflineTiming(Timing):
     """Bytes over bandwidth or flops over rate, whichever is longer, and never below a floor."""

@@ -20,7 +20,7 @@ import numpy as np
 import policies
 from policies.capacity import MemoryPlan, plan_memory
 from policies.core import DecisionCore, Wave
-from policies.interface import EventTable, PolicyData, Prediction, Shape
+from policies.interface import Costs, EventTable, PolicyData, Prediction, Shape
 from policies.memory import RESIDENT
 from policies.transfers import Copy
 from tracer.workload import Ragged, first_use, next_use
@@ -277,6 +277,10 @@ def policy_data(
     *,
     lookahead: Mapping[str, Steps] | None = None,
     popularity: Any = None,
+    signals: GivenSignals | None = None,
+    fit: GivenFit | None = None,
+    costs: Costs | None = None,
+    expert_norms: Sequence[Sequence[float]] | None = None,
     seed: int = 0,
 ) -> PolicyData:
     """All that any policy may know; `lookahead`: predictions by column, best first."""
@@ -290,13 +294,63 @@ def policy_data(
     return PolicyData(
         shape=shape,
         lookahead=read if known else None,
-        columns=frozenset(known),
+        columns=frozenset(known) | (signals.names if signals else frozenset()),
         popularity=popularity,
+        signals=signals,
+        fit=fit,
+        costs=costs,
+        expert_norms=expert_norms,
         events=events,
         next_use=next_use(events),
         first_use=first_use(events, shape.keys),
         seed=seed,
     )
+
+
+class GivenSignals:
+    """By name: `layered[name][step][layer]` rows, and `stepped[name][step]` rows."""
+
+    def __init__(
+        self,
+        layered: Mapping[str, Sequence[Sequence[Any]]],
+        stepped: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
+        self._layered = layered
+        self._stepped = stepped or {}
+        self._step = self._reached = -1
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The columns that there are."""
+        return frozenset(self._layered) | frozenset(self._stepped)
+
+    def begin_step(self, step: int) -> None:
+        self._step, self._reached = step, -1
+
+    def reach(self, layer: int) -> None:
+        self._reached = layer
+
+    def layer_rows(self, name: str, layer: int) -> Any:
+        if layer > self._reached:
+            raise LookupError(f"{name} of layer {layer}: the step has reached {self._reached}")
+        return np.asarray(self._layered[name][self._step][layer])
+
+    def step_rows(self, name: str) -> Any:
+        return np.asarray(self._stepped[name][self._step])
+
+
+@dataclass
+class GivenFit:
+    """Requests set aside, written down: one row a step unless `step_of_row` says otherwise."""
+
+    events: Ragged
+    columns: Mapping[str, Any]
+    step_of_row: Any
+    request_of_row: Any
+    phase_of_row: Any
+
+    def column(self, name: str) -> Any:
+        return np.asarray(self.columns[name])
 
 
 def make_core(
@@ -328,7 +382,7 @@ def make_core(
             staging_slots=options.staging_slots,
             needs_staging=policy.cache.may_refuse,
         )
-    return DecisionCore(data.shape, plan, policy, options, log=log)
+    return DecisionCore(data.shape, plan, policy, options, signals=data.signals, log=log)
 
 
 # ---------------------------------------------------------------------- reading the result
