@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from collections.abc import Sequence
 from importlib import resources
@@ -66,6 +67,14 @@ def validated(cls: type[Model], data: Any, where: str) -> Model:
         raise UserError(f"{where}: {first_problem(error)}") from None
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Plain data from JSON. Raises ValueError for all else, nesting beyond Python's depth too."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def first_problem(error: ValidationError) -> str:
     """One of a validation's problems, in one line with field and value.
 
@@ -93,7 +102,9 @@ def first_problem(error: ValidationError) -> str:
 def _mapping(file: Traversable) -> dict[str, Any]:
     try:
         data = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"{file}: nested too deeply; write lines of 'field: value'") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no text, a number or date too large
         reason = " ".join(str(error).split())
         raise UserError(f"{file}: not valid YAML, mend it: {reason}") from None
     if not isinstance(data, dict):
@@ -102,7 +113,10 @@ def _mapping(file: Traversable) -> dict[str, Any]:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML lets a later key replace an earlier one without a word; here it is an error."""
+    """YAML lets a later key replace an earlier one without a word; here it is an error.
+
+    So is a whole number of any size.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -115,6 +129,17 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        number = super().construct_yaml_int(node)
+        if number.bit_length() > 63:
+            raise yaml.MarkedYAMLError(
+                problem="the number is beyond 64 bits", problem_mark=node.start_mark
+            )
+        return number
+
+
+_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:int", _UniqueKeyLoader.construct_yaml_int)
 
 
 def _is_path(name_or_path: str | os.PathLike[str]) -> bool:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,8 +98,9 @@ def test_same_command_same_bytes(moesim, trace_dir: Path) -> None:  # type: igno
         ({"expert_budget": None, "budget": "1KiB"}, ["1KiB", "too small"]),
         ({"link": "0"}, ["'0'", "25GB/s"]),
         ({"link": "-3GB/s"}, ["-3GB/s"]),
-        ({"link": "fast"}, ["fast"]),
-        ({"link": "900TB/s"}, ["900"]),
+        ({"link": "fast"}, ["--link fast", "25GB/s"]),
+        ({"link": "900TB/s"}, ["--link 900TB/s", "900000 GB/s", "0.1 to 2000 GB/s"]),
+        ({"link": "1KB/s"}, ["--link 1KB/s", "0.1 to 2000 GB/s"]),
         ({"dtype": "int3"}, ["int3", "int4"]),
         ({"window": 0}, ["--window 0"]),
         ({"seed": -1}, ["--seed -1"]),
@@ -107,6 +111,10 @@ def test_same_command_same_bytes(moesim, trace_dir: Path) -> None:  # type: igno
         ({"set": "depth=2"}, ["lru", "depth", "chunks"]),
         ({"set": "chunks=0"}, ["chunks=0"]),
         ({"set": "chunks=two"}, ["chunks=two", "whole number"]),
+        ({"set": "chunks=1_0"}, ["chunks=1_0", "whole number"]),
+        ({"set": "chunks=\u0663"}, ["chunks=", "whole number"]),
+        ({"set": "chunks=" + "9" * 5000}, ["chunks=99", "whole number"]),
+        ({"policy": "accuracy-q", "set": "q=0_0.5"}, ["q=0_0.5", "a number"]),
         ({"set": "order=random"}, ["random", "cached-first"]),
         ({"policy": "accuracy-q", "set": "q=1.5"}, ["q=1.5"]),
         ({"policy": "accuracy-q", "set": "q=nan"}, ["q=nan"]),
@@ -164,7 +172,20 @@ def test_inspect_prints_and_draws_and_does_not_overwrite(  # type: ignore[no-unt
     ran = moesim("inspect", trace_dir, "--figure", figure)
     assert ran.code == 0
     assert figure.read_bytes().startswith(b"\x89PNG")
-    assert moesim("inspect", trace_dir, "--figure", figure).code == 2
+    (tmp_path / "file").write_text("mine")
+    for wrong, problem in (
+        (figure, "exists"),
+        (tmp_path / "figure.jpg", "ends in one of .png"),
+        (tmp_path / "figure", "ends in one of .png"),
+        (tmp_path / "file" / "figure.png", "name a place that can be written"),
+    ):
+        ran = moesim("inspect", trace_dir, "--figure", wrong)
+        assert ran.code == 2
+        assert ran.out == ""  # before the tables
+        assert str(wrong.parent) in ran.err
+        assert problem in ran.err
+    ran = moesim("inspect", trace_dir, "--figure", tmp_path / "new" / "figure.png")
+    assert (tmp_path / "new" / "figure.png").is_file()
 
 
 def test_sweep_then_plot(moesim, trace_dir: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -174,9 +195,12 @@ def test_sweep_then_plot(moesim, trace_dir: Path, tmp_path: Path) -> None:  # ty
         "policies: [resident, on-demand, lru, lfu, belady, oracle-prefetch]\n"
     )
     ran = moesim("sweep", config, "--out", tmp_path / "out")
-    assert ran.code == 0
+    assert ran.code == 1  # the points at 1% failed
     assert "Which policy to pick" in ran.out
     assert "smallest that can run" in ran.err
+    assert "5 of 21 points failed" in ran.err
+    config.write_text(config.read_text().replace("1%, ", ""))
+    assert moesim("sweep", config, "--out", tmp_path / "good").code == 0
     ran = moesim("plot", tmp_path / "out")
     assert ran.code == 0
     drawn = [Path(line) for line in ran.out.splitlines()]
@@ -192,6 +216,75 @@ def test_a_sweep_without_one_good_point_fails(moesim, trace_dir: Path, tmp_path:
     ran = moesim("sweep", config, "--out", tmp_path / "out")
     assert ran.code == 2
     assert "no point of this sweep succeeded" in ran.err
+
+
+@pytest.mark.parametrize("wrong", ["geometry: olmoe-1b-7b", "links: [900TB/s]", "fit_share: 0.99"])
+def test_what_stops_a_sweep_is_said_alone(  # type: ignore[no-untyped-def]
+    moesim, trace_dir: Path, tmp_path: Path, wrong: str
+) -> None:
+    config = tmp_path / "sweep.yaml"
+    config.write_text(
+        f"trace: {trace_dir}\nhardware: [t4-pcie3]\nexpert_budgets: [50%]\npolicies: [lru]\n"
+        f"{wrong}\nmax_tokens: 5\n"
+    )
+    ran = moesim("sweep", config, "--out", tmp_path / "out")
+    assert ran.code == 2
+    assert ran.out == ""
+    assert ran.err.startswith("moesim: error: ")
+    assert ran.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["term", "int"]
+)
+def test_a_sweep_that_is_stopped_leaves_no_scratch_and_no_workers(
+    trace_dir: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    scratch, out, config = tmp_path / "scratch", tmp_path / "out", tmp_path / "sweep.yaml"
+    scratch.mkdir()
+    budgets = ", ".join(f"{30 + index / 100}%" for index in range(5000))
+    config.write_text(
+        f"trace: {trace_dir}\nhardware: [t4-pcie3]\nexpert_budgets: [{budgets}]\npolicies: [lru]\n"
+    )
+    words = ["sweep", str(config), "--out", str(out), "--jobs", "2"]
+    running = subprocess.Popen(
+        [sys.executable, "-c", "import cli; cli.main()", *words],
+        cwd=Path(cli.__file__).parent,
+        env={**os.environ, "TMPDIR": str(scratch), "JOBLIB_TEMP_FOLDER": str(scratch)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # its workers are the processes of this group
+    )
+    points = out / "points.jsonl"
+    assert within_a_minute(lambda: points.is_file() and points.stat().st_size > 0)
+    running.send_signal(number)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == code, err
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
+    assert within_a_minute(lambda: not processes_of(running.pid))
+    assert [path.name for path in scratch.iterdir()] == []
+
+
+def within_a_minute(holds) -> bool:  # type: ignore[no-untyped-def]
+    ends_s = time.monotonic() + 60
+    while not holds() and time.monotonic() < ends_s:
+        time.sleep(0.05)
+    return holds()
+
+
+def processes_of(group: int) -> list[int]:
+    """Processes of a group that still run; one that ended and was not waited for does not."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, its_group = stat.read_text().rpartition(") ")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(its_group) == group and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
 
 
 def test_the_installed_command_runs() -> None:

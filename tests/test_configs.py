@@ -431,6 +431,27 @@ def test_a_file_that_is_no_text(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: " + "[" * 10_000, "nested too deeply"),
+        ("name: " + "{a: " * 10_000, "nested too deeply"),
+        ("name: 18446744073709551616", "the number is beyond 64 bits"),
+        ("name: 0x" + "f" * 10_000, "the number is beyond 64 bits"),
+        ("name: " + "9" * 10_000, "not valid YAML"),
+        ("name: 2024-02-31", "not valid YAML"),
+        ("name: &a [*a]", "name"),
+    ],
+)
+def test_yaml_that_python_cannot_hold(tmp_path, text, says):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=says) as error:
+        load_geometry(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("old", "new", "field"),
     [
         ("  num_hidden_layers: 27\n", "", "config.num_hidden_layers"),

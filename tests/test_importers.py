@@ -97,6 +97,18 @@ def replaced(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (changed("offsets", 1, 0), "offsets must increase from 0 to the 9 rows"),
         (changed("offsets", 2, 8), "offsets must increase from 0 to the 9 rows"),
         (changed("prompt_len", 1, -1), "prompt_len -1 of request 1 is negative"),
+        (changed("prompt_len", 1, 2**31 - 3), "row 7: position 2147483648 is outside"),
+        (changed("token", 5, -7), "row 5: token_id -7 is outside"),
+        (replaced("token", np.arange(9) + 2**31 - 4), "row 4: token_id 2147483648 is outside"),
+        (replaced("offsets", np.array([0, 2**64 - 1, 9], np.uint64)), "offsets must increase"),
+        (
+            replaced("experts", np.zeros((7, 24, 4), np.uint8)),
+            r"\[7, 24, 4\], expected integers \[9, 24, 4\]: .*cut off .*restore the file",
+        ),
+        (
+            replaced("offsets", np.array([0, 4])),
+            r"'offsets' is int64 \[2\], expected integers \[3\]: .*cut off",
+        ),
         (
             lambda arrays: arrays.pop("scores"),
             "array 'scores' is missing; it needs experts, scores",

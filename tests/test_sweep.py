@@ -14,7 +14,7 @@ from policies.core import DecisionCore
 from sim import SweepConfig, simulate, sweep
 from sim.inputs import set_aside
 from sim.point import Point, PointRunner, inputs_for, run_point
-from sim.sweeps import load_config, read_results
+from sim.sweeps import load_config, point_id, read_results
 from sim.tape import Tape, record
 from tests.traces import make_trace
 from tracer.trace import Trace
@@ -276,3 +276,219 @@ def test_a_point_that_breaks_off_leaves_nothing_to_the_next(
     with pytest.raises(ZeroDivisionError):
         runner.run(first)
     assert runner.run(second) == expected
+
+
+# Equal points, however they are spelt
+
+
+@pytest.mark.parametrize(
+    ("field", "spellings"),
+    [
+        ("expert_budgets", ["25%", "25.0%", " 25 %"]),
+        ("expert_budgets", ["1KiB", "1024B", "1.0KiB"]),
+        ("expert_budgets", ["4/layer", "4 / layer"]),
+        ("links", ["25", "25GB/s", "25000MB/s", 25, 25.0]),
+        (
+            "policies",
+            [{"name": "lru", "set": {"chunks": chunks}} for chunks in (2, "2", "02")],
+        ),
+        (
+            "policies",
+            [
+                {"name": "accuracy-q", "set": {"q": 0.5, "preempt": True}},
+                {"name": "accuracy-q", "set": {"preempt": "yes", "q": "0.50"}},
+            ],
+        ),
+    ],
+)
+def test_equal_points_are_one_row_as_first_spelt(
+    trace_dir: Path, field: str, spellings: list[Any]
+) -> None:
+    base = {"links": [], "expert_budgets": ["50%"], "policies": ["lru"]}
+    alone = make_config(trace_dir, **{**base, field: spellings[:1]}).points()
+    config = make_config(trace_dir, **{**base, field: spellings})
+    assert config.points() == alone
+    for spelling in spellings:
+        (point,) = make_config(trace_dir, **{**base, field: [spelling]}).points()
+        assert point_id(point) == point_id(alone[0])
+
+
+def test_whole_budgets_in_any_unit_are_equal(trace_dir: Path) -> None:
+    config = make_config(
+        trace_dir, expert_budgets=[], budgets=["8GiB", "8192MiB"], policies=["lru"]
+    )
+    assert [point.budget for point in config.points()] == ["8GiB"] * 2  # two links
+
+
+def test_points_that_differ_keep_their_own_rows(trace_dir: Path) -> None:
+    """A default that is given is a point of its own: a later version may change the default."""
+    choices = ["lru", {"name": "lru", "set": {"chunks": 1}}, {"name": "lru", "set": {"chunks": 2}}]
+    config = make_config(trace_dir, links=[], expert_budgets=["25%", "25.5%"], policies=choices)
+    assert len(config.points()) == 6
+
+
+# Parameters that are no scalars
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ("{q: .nan}", "q=nan is not a finite number"),
+        ("{q: -.inf}", "q=-inf is not a finite number"),
+        ("{depth: [1, [2]]}", "parameter depth is neither text, a number"),
+        ("{depth: {a: 1}}", "parameter depth is neither text, a number"),
+        ("{depth: }", "parameter depth is neither text, a number"),
+        ("{chunks: 9000000000000000000}", r"parameter chunks is beyond \+-2\*\*62"),
+        ("{chunks: 99999999999999999999}", "beyond 64 bits"),
+        ("{chunks: " + "9" * 5000 + "}", "not valid YAML"),
+        ("{chunks: 0x" + "f" * 5000 + "}", "beyond 64 bits"),
+        ("{chunks: " + "[" * 5000, "nested too deeply"),
+        ("{chunks: 2024-13-45}", "not valid YAML"),
+    ],
+)
+def test_wrong_parameters_are_one_line_that_names_the_file(
+    trace_dir: Path, tmp_path: Path, given: str, problem: str
+) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        f"trace: {trace_dir}\nhardware: [t4-pcie3]\nexpert_budgets: [50%]\n"
+        f"policies:\n- name: accuracy-q\n  set: {given}\n"
+    )
+    with pytest.raises(UserError, match=problem) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+    assert "sweep.yaml" in str(caught.value)
+
+
+def test_results_nested_too_deeply_are_named(trace_dir: Path, tmp_path: Path) -> None:
+    config = make_config(trace_dir, links=[], policies=["lru"])
+    sweep(config, out=tmp_path / "out")
+    (tmp_path / "out" / "points.jsonl").write_text("[" * 100_000 + "\n")
+    with pytest.raises(UserError, match="line 1: no result of a sweep"):
+        sweep(config, out=tmp_path / "out")
+    (tmp_path / "out" / "sweep.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is not what a sweep writes"):
+        sweep(config, out=tmp_path / "out")
+
+
+# What stops a sweep is found before it begins
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"geometry": "olmoe-1b-7b"}, "can only drive a model of its own layers"),
+        ({"dtype": "int3"}, "int3"),
+        ({"touch_order": "rank"}, "touch_order 'rank' is unknown"),
+        ({"links": ["24GB/s", "900TB/s"]}, "900000 GB/s: a link has 0.1 to 2000 GB/s"),
+        ({"links": ["fast"]}, "--link fast .in a sweep: links.: rate 'fast'"),
+        ({"fit_share": 0.9, "max_tokens": 2}, "cannot be split"),
+    ],
+)
+def test_what_stops_a_sweep_is_found_before_it_begins(
+    trace_dir: Path, changes: dict[str, Any], problem: str, jobs: int
+) -> None:
+    begun = []
+    config = make_config(trace_dir, **changes)
+    with pytest.raises(UserError, match=problem):
+        sweep(config, jobs=jobs, progress=lambda done, total: begun.append(done))
+    assert begun == []
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_damaged_trace_is_found_before_the_sweep_begins(tmp_path: Path, jobs: int) -> None:
+    trace = make_trace(tmp_path / "trace")
+    shard = trace.path / "tokens" / "part-00000.parquet"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    begun = []
+    with pytest.raises(UserError, match="SHA-256 differs"):
+        sweep(make_config(trace.path), jobs=jobs, progress=lambda done, total: begun.append(done))
+    assert begun == []
+
+
+# Going on with another commit, and breaking off
+
+
+def at_commit(monkeypatch: pytest.MonkeyPatch, commit: str | None) -> None:
+    import sim.point as point_module
+    import sim.sweeps as module
+
+    for changed in (module, point_module):
+        monkeypatch.setattr(changed, "produced_by", lambda: {"moesim": "0.1.0", "git": commit})
+
+
+def test_rows_of_another_commit_are_kept_with_a_note(
+    trace_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, out = make_config(trace_dir, links=[], policies=["lru"]), tmp_path / "out"
+    at_commit(monkeypatch, "aaaa")
+    sweep(config, out=out)
+    sweep(config, out=out)
+    assert capsys.readouterr().err == ""
+    first = (out / "points.jsonl").read_text().splitlines()[0]
+    (out / "points.jsonl").write_text(first + "\n")
+    at_commit(monkeypatch, "bbbb")
+    frame = sweep(config, out=out)
+    assert frame["produced_by.git"].tolist() == ["aaaa", "bbbb"]
+    note = capsys.readouterr().err
+    assert note.startswith("moesim: note: ")
+    assert "1 points of commit aaaa are kept beside those of commit bbbb" in note
+    assert note.count("\n") == 1
+
+
+def test_another_version_is_another_sweep(
+    trace_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sim.sweeps as module
+
+    config = make_config(trace_dir, links=[], policies=["lru"])
+    sweep(config, out=tmp_path / "out")
+    monkeypatch.setattr(module, "produced_by", lambda: {"moesim": "99.0.0", "git": None})
+    with pytest.raises(UserError, match=r"another sweep \(different: version\)"):
+        sweep(config, out=tmp_path / "out")
+
+
+def test_files_are_replaced_whole(
+    trace_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import configs.files as module
+
+    config, out = make_config(trace_dir, links=[], policies=["lru"]), tmp_path / "out"
+    sweep(config, out=out)
+    names = ("results.parquet", "results.csv", "sweep.json")
+    before = {name: (out / name).read_bytes() for name in names}
+
+    def no_room(old: Path, new: Path) -> None:
+        raise OSError(28, "No space left on device", str(new))
+
+    monkeypatch.setattr(module.os, "replace", no_room)
+    with pytest.raises(OSError, match="No space left"):
+        sweep(config, out=out)
+    assert {name: (out / name).read_bytes() for name in names} == before
+    assert sorted(path.name for path in out.iterdir()) == sorted([*names, "points.jsonl"])
+
+
+def test_a_sweep_killed_at_its_very_start_goes_on(trace_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".sweep.json.tmp").write_text('{"trace"')
+    frame = sweep(make_config(trace_dir, links=[], policies=["lru"]), out=tmp_path / "out")
+    assert (frame["status"] == "ok").all()
+
+
+def test_an_exception_ends_the_workers(trace_dir: Path, tmp_path: Path) -> None:
+    """No warning of joblib's either: warnings are errors here."""
+
+    class Stop(Exception):
+        pass
+
+    def stop_at_two(done: int, total: int) -> None:
+        if done == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        sweep(make_config(trace_dir), out=tmp_path / "out", jobs=2, progress=stop_at_two)
+    assert len((tmp_path / "out" / "points.jsonl").read_text().splitlines()) == 2

@@ -41,7 +41,10 @@ def write(path: Path, columns: dict[str, Any], **options: Any) -> Trace:
 
 
 def rows_of(rng: np.random.Generator, steps: list[int], columns: tuple[str, ...]) -> dict[str, Any]:
-    """Random rows of the tiny model for steps of so many tokens, some layers not run."""
+    """Random rows of the tiny model for steps of so many tokens, some layers not run.
+
+    Five requests take turns at random, each with some prefill and then decoding.
+    """
     geometry = make_geometry()
     n = sum(steps)
     ids = random_ids(rng, (n, geometry.num_moe_layers), geometry.num_experts, geometry.top_k)
@@ -50,12 +53,15 @@ def rows_of(rng: np.random.Generator, steps: list[int], columns: tuple[str, ...]
     absent = ids[..., 0] < 0
     for name in {"gate_probs", "gate_norms", "gate_inputs"} & set(extra):
         extra[name][absent] = np.nan
+    request = rng.integers(0, 5, n)
+    of_request = pd.Series(request).groupby(request).cumcount().to_numpy()
+    prompt, begins = rng.integers(0, 4, 5), rng.integers(0, 2**31 - n, 5)
     return {
-        "request": rng.integers(0, 5, n),
+        "request": request,
         "step": np.repeat(np.arange(len(steps)) * 3, steps),
         "row": np.concatenate([np.arange(size) for size in steps]),
-        "phase": rng.integers(0, 2, n),
-        "position": rng.integers(0, 2**31 - 1, n),
+        "phase": (of_request >= prompt[request]).astype(int),
+        "position": begins[request] + of_request,
         "token_id": rng.integers(-1, 100, n),
         "experts": ids,
         **extra,
@@ -290,8 +296,8 @@ def test_a_recording_killed_before_its_first_shard_says_so(tmp_path: Path) -> No
 def test_an_exception_leaves_a_trace_that_is_not_complete(tmp_path: Path) -> None:
     def record() -> None:
         with new_writer(tmp_path / "t", shard_rows=2) as writer:
-            for _ in range(5):
-                writer.write_step(**one_step())
+            for position in range(5):
+                writer.write_step(**one_step(position=position))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -754,7 +760,15 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "file outside": (lambda m: m["shards"][0].update(file="../x.parquet"), "shards.0.file"),
     "misaligned": (lambda m: m["shards"].pop(), "do not have the tokens' rows"),
     "file twice": (lambda m: m["shards"].append(m["shards"][0]), "lists a file twice"),
-    "geometry": (lambda m: m["geometry"].update(top_k=3), r"'experts' is int16\(3, 2\)"),
+    "geometry": (
+        lambda m: m["geometry"].update(expert_bytes_by_layer=[1, 1, 1]),
+        "geometry differs from its digest .*restore it, or pass --geometry to time another model",
+    ),
+    "geometry digest": (lambda m: m.update(geometry_sha256="0" * 64), "differs from its digest"),
+    "geometry of other columns": (
+        lambda m: (m["geometry"].update(top_k=3), m.pop("geometry_sha256")),
+        r"'experts' is int16\(3, 2\)",
+    ),
     "geometry parts": (lambda m: m["geometry"].update(top_k=9), "top_k 9 is above num_experts 8"),
     "unknown column": (
         lambda m: m["columns"].update(logits=m["columns"]["weights"]),
@@ -784,3 +798,113 @@ def test_a_manifest_cut_off_is_an_error(victim: Path) -> None:
     assert "manifest.json: not valid JSON" in complaint(victim)
     damage(victim / "manifest.json", lambda data: b"[]")
     assert "field schema_version is missing" in complaint(victim)
+    damage(victim / "manifest.json", lambda data: b"[" * 100_000)
+    assert "manifest.json: not valid JSON (nested too deeply)" in complaint(victim)
+
+
+def test_a_manifest_without_the_digest_of_its_geometry_is_not_checked(victim: Path) -> None:
+    before = Trace.open(victim)
+    edit_manifest(victim, lambda m: m.pop("geometry_sha256"))
+    load_all(victim)
+    assert Trace.open(victim).digest == before.digest
+    edit_manifest(victim, lambda m: m["geometry"].update(expert_bytes_by_layer=[1, 1, 1]))
+    load_all(victim)
+    assert Trace.open(victim).digest != before.digest
+
+
+def test_an_added_column_keeps_the_digest_of_the_geometry(victim: Path) -> None:
+    def listed() -> str:
+        return json.loads((victim / "manifest.json").read_text())["geometry_sha256"]
+
+    before, tokens = listed(), Trace.open(victim).load(["experts"])["experts"]
+    values = random_columns(np.random.default_rng(3), make_geometry(), tokens, ["learned_1"])
+    append_column(victim, "learned_1", [values["learned_1"]])
+    assert listed() == before
+    load_all(victim)
+
+
+# Rows that cannot follow one another
+
+FOUR_STEPS = {"step": [0, 0, 1, 2], "row": [0, 1, 0, 0], "request": [7, 7, 7, 7]}
+
+
+def rows_in_order(**changed: Any) -> dict[str, Any]:
+    """Request 7: two tokens of prefill, two decode steps."""
+    order = {**FOUR_STEPS, "phase": [0, 0, 1, 1], "position": [0, 1, 2, 3], **changed}
+    rows = len(order["step"])
+    return {**order, "token_id": [9] * rows, "experts": np.tile([3, 5], (rows, 3, 1))}
+
+
+WRONG_ORDERS: dict[str, tuple[dict[str, Any], str]] = {
+    "jump": (
+        {"position": [0, 1, 2, 4]},
+        "row 3: position 4 of request 7 follows position 2: positions go on by one",
+    ),
+    "repeat": (
+        {"position": [0, 0, 1, 2]},
+        "row 1: position 0 of request 7 follows position 0: positions go on by one",
+    ),
+    "prefill after decode": (
+        {"phase": [0, 1, 0, 1]},
+        "row 2: request 7 decoded before this prefill row",
+    ),
+    "row twice": ({"row": [1, 1, 0, 0]}, "row 1: batch row 1 occurs twice in step 0"),
+    "between others": (
+        {"step": [0, 0, 1, 1], "row": [0, 1, 0, 1], "request": [7, 8, 7, 8]}
+        | {"position": [4, 90, 5, 92], "phase": [1, 1, 1, 1]},
+        "row 3: position 92 of request 8 follows position 90: positions go on by one",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_ORDERS)
+def test_writer_refuses_rows_that_cannot_follow(tmp_path: Path, case: str) -> None:
+    changed, message = WRONG_ORDERS[case]
+    with pytest.raises(UserError, match=message) as caught:
+        write(tmp_path / "t", rows_in_order(**changed))
+    assert f"{tmp_path / 't'}, shard 0: " in str(caught.value)
+    # A shard a step: what came before is in another shard.
+    if case != "row twice":
+        with pytest.raises(UserError, match=re.sub(r"row \d", r"row \\d", message)):
+            write(tmp_path / "s", rows_in_order(**changed), shard_rows=1)
+
+
+@pytest.mark.parametrize("shard_rows", [1, 4096])
+def test_rows_of_requests_that_interleave_are_in_order(tmp_path: Path, shard_rows: int) -> None:
+    """Prefill in pieces beside another request's decoding, which begins where it was recorded."""
+    rows = rows_in_order(
+        step=[0, 0, 0, 1, 1, 2, 2],
+        row=[1, 0, 2, 0, 1, 1, 0],
+        request=[7, 7, 3, 7, 3, 3, 7],
+        phase=[0, 0, 1, 0, 1, 1, 1],
+        position=[0, 1, 500, 2, 501, 502, 3],
+    )
+    load_all(write(tmp_path / "t", rows, shard_rows=shard_rows).path)
+
+
+ORDER_FORGERIES = {
+    "position": (40, "position 40 of request 0 follows position 2"),
+    "phase": (0, "request 0 decoded before this prefill row"),
+    "step": (1, "batch row 0 occurs twice in step 1"),
+}
+
+
+@pytest.mark.parametrize("name", ORDER_FORGERIES)
+@pytest.mark.parametrize(("shard_rows", "shard", "row"), [(1, 2, 0), (4096, 0, 3)])
+def test_rows_that_cannot_follow_are_found_on_reading(
+    tmp_path: Path, name: str, shard_rows: int, shard: int, row: int
+) -> None:
+    """The second decode step after a prefill of two rows: in a shard of its own, or in the only."""
+    value, message = ORDER_FORGERIES[name]
+    options = {"requests": 1, "prompt": 2, "output": 6, "columns": (), "shard_rows": shard_rows}
+    trace = make_trace(tmp_path / "t", **options)
+    file = f"tokens/part-{shard:05d}.parquet"
+    forge(trace.path, file, set_scalar(name, row, value))
+    assert f"t/{file}: row {row}: {message}" in complaint(trace.path)
+
+
+def test_rows_are_compared_with_those_that_are_read_alone(tmp_path: Path) -> None:
+    """A range that begins within a request has no row before it."""
+    trace = make_trace(tmp_path / "t", requests=1, prompt=2, output=6, shard_rows=1, columns=())
+    part = trace.load(["request", "position", "phase"], 4, 7)
+    assert part["position"].tolist() == [4, 5, 6]

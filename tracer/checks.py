@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError
-from tracer.columns import DECODE, NULL_ID, NULL_RESIDENCY, ColumnSpec
+from tracer.columns import DECODE, NULL_ID, NULL_RESIDENCY, PREFILL, ColumnSpec
 
 NULL_WHERE_EXPERTS_ARE = ("weights", "residency", "gate_probs", "gate_norms", "gate_inputs")
 _MEND = "restore the file, or record or import the trace again"
@@ -47,6 +47,92 @@ def check_step_order(step: NDArray, previous: int | None, where: str) -> None:
     if bad.size:
         row = int(bad[0])
         _fail(where, f"row {row}", f"step {step[row]} follows step {before[row]}: rows go by step")
+
+
+class RowOrder:
+    """What holds from row to row, over blocks of rows in the file's order.
+
+    Steps never decrease, and a batch row occurs once in a step. A request's positions go on by one
+    from wherever they begin (prefill may be cached, or not recorded), and none of its prefill
+    follows its decoding. What lies before the first block is unknown.
+    """
+
+    def __init__(self) -> None:
+        self._step: int | None = None
+        self._batch_rows = np.empty(0, np.int64)
+        self._position: dict[int, int] = {}
+        self._phase: dict[int, int] = {}
+
+    def check(self, arrays: Mapping[str, NDArray], where: str) -> None:
+        """Raise UserError at the first row that cannot follow; of columns, check those given."""
+        if "step" in arrays:
+            self._check_steps(arrays, where)
+        if "request" not in arrays:
+            return
+        if "position" in arrays:
+            self._check_positions(arrays["request"], arrays["position"], where)
+        if "phase" in arrays:
+            self._check_phases(arrays["request"], arrays["phase"], where)
+
+    def _check_steps(self, arrays: Mapping[str, NDArray], where: str) -> None:
+        step = arrays["step"]
+        check_step_order(step, self._step, where)
+        if "row" in arrays:
+            self._check_batch_rows(step, arrays["row"], where)
+        self._step = int(step[-1])
+
+    def _check_batch_rows(self, step: NDArray, batch_row: NDArray, where: str) -> None:
+        # The last step may have begun in the block before.
+        begun = self._batch_rows if step[0] == self._step else self._batch_rows[:0]
+        steps = np.concatenate((np.full(len(begun), step[0]), step))
+        batch_rows = np.concatenate((begun, batch_row))
+        order = np.lexsort((batch_rows, steps))
+        ordered = np.stack((steps[order], batch_rows[order]))
+        again = order[1:][(ordered[:, 1:] == ordered[:, :-1]).all(axis=0)] - len(begun)
+        if again.size:
+            row = int(again.min())
+            problem = f"batch row {batch_row[row]} occurs twice in step {step[row]}"
+            _fail(where, f"row {row}", problem)
+        self._batch_rows = batch_rows[steps == step[-1]]
+
+    def _check_positions(self, request: NDArray, position: NDArray, where: str) -> None:
+        position = position.astype(np.int64)
+        before = _of_row_before(request, position, position - 1, self._position)
+        bad = np.flatnonzero(position != before + 1)
+        if bad.size:
+            row = int(bad[0])
+            _fail(
+                where,
+                f"row {row}",
+                f"position {position[row]} of request {request[row]} follows position"
+                f" {before[row]}: positions go on by one",
+            )
+
+    def _check_phases(self, request: NDArray, phase: NDArray, where: str) -> None:
+        before = _of_row_before(request, phase, phase, self._phase)
+        bad = np.flatnonzero((phase == PREFILL) & (before == DECODE))
+        if bad.size:
+            row = int(bad[0])
+            _fail(where, f"row {row}", f"request {request[row]} decoded before this prefill row")
+
+
+def _of_row_before(
+    request: NDArray, values: NDArray, otherwise: NDArray, last: dict[int, int]
+) -> NDArray:
+    """The value of the row before of the same request, [n].
+
+    Of a request's first row it is the one in `last`, which is brought up to date, or `otherwise`.
+    """
+    order = np.argsort(request, kind="stable")
+    grouped = request[order]
+    begins = np.concatenate(([True], grouped[1:] != grouped[:-1]))
+    first, final = order[begins], order[np.append(begins[1:], True)]
+    before = np.empty_like(values)
+    before[order[1:]] = values[order[:-1]]
+    ids = request[first].tolist()
+    before[first] = [last.get(i, v) for i, v in zip(ids, otherwise[first].tolist(), strict=True)]
+    last.update(zip(ids, values[final].tolist(), strict=True))
+    return before
 
 
 def _check_column(spec: ColumnSpec, values: NDArray, num_experts: int, where: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from configs.errors import UserError
+from configs.files import write_atomically
 from configs.geometry import Geometry
-from configs.load import validated
+from configs.load import parse_json, validated
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION = 1
@@ -25,6 +25,7 @@ READABLE_VERSIONS = (1,)
 TOKENS = "tokens"
 
 _SHA256 = r"^[0-9a-f]{64}$"
+_TIMINGS_FILE = r"^timings/part-[0-9]{5,}\.parquet$"
 _SHARD_FILE = r"^[a-z0-9_]+/part-[0-9]{5,}\.parquet$"
 
 
@@ -80,6 +81,14 @@ class Shard(_Record):
     column: str
 
 
+class TimingsFile(_Record):
+    """Parquet file of times by step and layer; see `Trace.timings`."""
+
+    file: str = Field(pattern=_TIMINGS_FILE)
+    rows: int = Field(gt=0)
+    sha256: str = Field(pattern=_SHA256)
+
+
 class RequestsFile(_Record):
     """requests.parquet of a complete trace."""
 
@@ -88,25 +97,49 @@ class RequestsFile(_Record):
     sha256: str = Field(pattern=_SHA256)
 
 
+class TrainedPredictor(_Record):
+    """Whose predictions a learned column holds, and which requests they were trained on.
+
+    Predictions about `trained_requests` (those that decided when to stop included) are in-sample:
+    judge on the others. `heldout_accuracy`: share of the true k experts among the k predicted on
+    the others, by phase, where there are such rows. `weights_file` is relative to the trace where
+    the file lies in it, else its bare name.
+    """
+
+    column: str
+    kind: str
+    stride: int = Field(gt=0)
+    hidden_units: int = Field(gt=0)
+    seed: int
+    trained_requests: tuple[int, ...]
+    heldout_accuracy: dict[str, float] = {}
+    weights_file: str
+    weights_sha256: str = Field(pattern=_SHA256)
+
+
 class Manifest(_Record):
     """Everything about a trace except its rows.
 
     `expert_norms` is [L][E], the norm of each expert's weights if known; `parts` an expert's
     matrices if known. `complete` is false until the writer was closed: a recording that was killed
-    keeps what `shards` lists.
+    keeps what `shards` lists. `geometry_sha256` is the digest of `geometry` as the file has it;
+    `write_manifest` sets it, and a manifest without it is not checked.
     """
 
     schema_version: int = SCHEMA_VERSION
     model_id: str
     model_revision: str = ""
     geometry: Geometry
+    geometry_sha256: str | None = Field(default=None, pattern=_SHA256)
     recording: Recording
     prompts: PromptSet | None = None
     expert_norms: tuple[tuple[float, ...], ...] | None = None
     parts: tuple[Part, ...] | None = None
     columns: dict[str, ColumnInfo] = {}
     shards: tuple[Shard, ...] = ()
+    timings: tuple[TimingsFile, ...] = ()
     requests: RequestsFile | None = None
+    predictors: tuple[TrainedPredictor, ...] = ()
     complete: bool = False
 
     @model_validator(mode="after")
@@ -129,6 +162,19 @@ class Manifest(_Record):
                 raise ValueError(f"the shards of column {column!r} do not have the tokens' rows")
         return self
 
+    @model_validator(mode="after")
+    def _predictors_have_columns(self) -> Manifest:
+        columns = [predictor.column for predictor in self.predictors]
+        if len(set(columns)) != len(columns):
+            raise ValueError("predictors lists a column twice")
+        if not set(columns) <= set(self.columns):
+            raise ValueError("predictors lists a column that the trace does not have")
+        return self
+
+    def predictor_of(self, column: str) -> TrainedPredictor | None:
+        """Return who predicted a learned column; None where that is not known."""
+        return next((p for p in self.predictors if p.column == column), None)
+
     def shards_of(self, column: str) -> list[Shard]:
         """Return the shards of one column group, in row order."""
         return [shard for shard in self.shards if shard.column == column]
@@ -144,7 +190,10 @@ class Manifest(_Record):
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the geometry and the digests of all listed files."""
+        """SHA-256 over the geometry and the digests of all listed files but the timings.
+
+        Timings differ from run to run, and nothing that is simulated reads them.
+        """
         files = sorted((shard.file, shard.sha256) for shard in self.shards)
         requests = self.requests.sha256 if self.requests else None
         content = {
@@ -164,7 +213,7 @@ def read_manifest(trace_dir: Path) -> Manifest:
     """Read and check `trace_dir/manifest.json`.
 
     Raises UserError where it is absent, cut off, of an unknown schema version, or where a field is
-    missing, unknown or of the wrong type.
+    missing, unknown or of the wrong type, and where the geometry is not the one that was written.
     """
     path = trace_dir / MANIFEST_FILE
     if not path.is_file():
@@ -172,11 +221,27 @@ def read_manifest(trace_dir: Path) -> Manifest:
             f"{trace_dir}: not a trace (no {MANIFEST_FILE}); name a directory with a trace"
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); restore it from the source") from error
     _check_version(path, content)
-    return validated(Manifest, content, str(path))
+    manifest = validated(Manifest, content, str(path))
+    _check_geometry(path, manifest.geometry_sha256, content["geometry"])
+    return manifest
+
+
+def _check_geometry(path: Path, listed: str | None, geometry: Mapping[str, Any]) -> None:
+    # As the file has it: a field that a later version adds must not change the digest.
+    if listed in (None, _geometry_sha256(geometry)):
+        return
+    raise UserError(
+        f"{path}: geometry differs from its digest (geometry_sha256); restore it, or pass"
+        " --geometry to time another model"
+    )
+
+
+def _geometry_sha256(geometry: Mapping[str, Any]) -> str:
+    return sha256_of(json.dumps(geometry, sort_keys=True).encode())
 
 
 def _check_version(path: Path, content: object) -> None:
@@ -192,16 +257,10 @@ def _check_version(path: Path, content: object) -> None:
 
 
 def write_manifest(trace_dir: Path, manifest: Manifest) -> None:
-    """Replace `trace_dir/manifest.json` atomically."""
-    text = _layout(manifest.model_dump(mode="json"))
-    write_atomically(trace_dir / MANIFEST_FILE, text.encode())
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` beside `path` under a name that readers ignore, then rename it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    """Replace `trace_dir/manifest.json` atomically, with the geometry's digest."""
+    content = manifest.model_dump(mode="json")
+    content["geometry_sha256"] = _geometry_sha256(content["geometry"])
+    write_atomically(trace_dir / MANIFEST_FILE, _layout(content).encode())
 
 
 def sha256_of(data: bytes) -> str:

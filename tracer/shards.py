@@ -11,11 +11,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from configs.errors import UserError
+from configs.files import write_atomically
 from configs.geometry import Geometry
 from tracer.columns import SCALARS, column_spec, encode, stored_type
-from tracer.manifest import ColumnInfo, Shard, sha256_of, write_atomically
+from tracer.manifest import ColumnInfo, Shard, sha256_of
 
 _ZSTD_LEVEL = 9
+# Activations are noise to a compressor: a high level takes 3 times as long and gains nothing.
+_ZSTD_LEVEL_OF_ACTIVATIONS = 1
+_ACTIVATIONS = ("embedding", "gate_inputs")
 DAMAGED = "the file is cut off or edited; restore it, or record or import the trace again"
 
 
@@ -33,14 +37,15 @@ def write_shard(
         spec, encoding = column_spec(name, geometry), infos[name].encoding
         arrays[name] = encode(spec, encoding, values, stored_type(spec, encoding, geometry))
     table = pa.table(arrays)
-    data = parquet_bytes(table, dictionary=[])
+    level = _ZSTD_LEVEL_OF_ACTIVATIONS if group in _ACTIVATIONS else _ZSTD_LEVEL
+    data = parquet_bytes(table, dictionary=[], level=level)
     file = f"{group}/part-{index:05d}.parquet"
     (trace_dir / group).mkdir(exist_ok=True)
     write_atomically(trace_dir / file, data)
     return Shard(file=file, rows=table.num_rows, sha256=sha256_of(data), column=group)
 
 
-def parquet_bytes(table: pa.Table, dictionary: list[str]) -> bytes:
+def parquet_bytes(table: pa.Table, dictionary: list[str], level: int = _ZSTD_LEVEL) -> bytes:
     """Encode a table; columns named in `dictionary` by dictionary.
 
     Byte-stream-split and zstd make lists of ids and reals smaller than dictionaries do.
@@ -56,7 +61,7 @@ def parquet_bytes(table: pa.Table, dictionary: list[str]) -> bytes:
         table,
         sink,
         compression="zstd",
-        compression_level=_ZSTD_LEVEL,
+        compression_level=level,
         use_dictionary=dictionary,
         column_encoding=encodings or None,
         store_schema=True,

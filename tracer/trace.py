@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from tracer.arrays import ARRAYS_FILE, Arrays, ArrayTrace, load_arrays, row_range
-from tracer.checks import NULL_WHERE_EXPERTS_ARE, check_columns, check_nulls_match, check_step_order
+from tracer.checks import NULL_WHERE_EXPERTS_ARE, RowOrder, check_columns, check_nulls_match
 from tracer.columns import (
     DECODE,
     PREFILL,
@@ -35,6 +35,7 @@ from tracer.columns import (
 from tracer.manifest import TOKENS, Manifest, Shard, read_manifest, write_manifest
 from tracer.requests import REQUESTS_FILE, REQUESTS_SCHEMA, requests_table
 from tracer.shards import DAMAGED, read_table
+from tracer.timing_table import read_timings
 from tracer.writer import TraceWriter, append_column, refuse_non_empty
 
 __all__ = [
@@ -104,6 +105,17 @@ class Trace:
         if not table.schema.equals(REQUESTS_SCHEMA):
             raise UserError(f"{path}: its columns are not {REQUESTS_SCHEMA.names}; {DAMAGED}")
         return requests_table(table.to_pandas(), str(path)).to_pandas()
+
+    def timings(self) -> pd.DataFrame:
+        """One row a step and MoE layer: step, layer, segment_ns, experts_ns, shared_ns.
+
+        shared_ns is null where the model has no shared experts; `tracer.timings` says what counts
+        to which. Raises UserError for a trace that was recorded without.
+        """
+        if not self.manifest.timings:
+            raise UserError(f"{self.path}: there are no timings; {_how_to_get('timings')}")
+        layers = self.manifest.geometry.num_moe_layers
+        return read_timings(self.path, self.manifest.timings, layers)
 
     def load(self, columns: Sequence[str], start: int = 0, stop: int | None = None) -> Arrays:
         """Load rows [start, stop) of some columns, as `tracer.columns` describes them.
@@ -207,15 +219,13 @@ class Trace:
         """Read rows [start, stop) into arrays that are `stop - start` rows long."""
         if not arrays:
             return
-        previous_step = None
+        order = RowOrder()
         request_ids = self._listed_requests() if "request" in arrays else None
         for index, begin, rows in self._overlapping(start, stop):
             shard = self._read_shard(index, list(arrays))
             low, high = max(start - begin, 0), min(stop - begin, rows)
             where = str(self.path / self.manifest.shards_of(TOKENS)[index].file)
-            if "step" in shard:
-                check_step_order(shard["step"], previous_step, where)
-                previous_step = int(shard["step"][-1])
+            order.check(shard, where)
             if request_ids is not None:
                 _check_requests_listed(shard["request"], request_ids, where)
             for name, target in arrays.items():
@@ -313,7 +323,8 @@ def _how_to_get(name: str) -> str:
     if name == "residency":
         return "only a log of an engine's own hits and misses has it"
     if name.startswith("learned_"):
-        return f"train a predictor and add it with tracer.trace.append_column(..., {name!r}, ...)"
+        return f"add it: moesim train-predictor --trace ... --stride {name.rsplit('_', 1)[1]}"
     if name.startswith("lookahead_"):
-        return f"record it: python -m tracer.record ... --lookahead {name.rsplit('_', 1)[1]}"
-    return f"record it: python -m tracer.record ..., with {name} among --columns"
+        return f"record it: moesim trace ... --record lookahead={name.rsplit('_', 1)[1]}"
+    option = {"gate_probs": "probs", "gate_norms": "norms", "gate_inputs": "hidden"}.get(name, name)
+    return f"record it: moesim trace ... --record {option}"

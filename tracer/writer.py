@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +20,8 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from configs.errors import UserError
-from tracer.checks import check_columns, check_nulls_match, check_step_order
+from configs.files import write_atomically
+from tracer.checks import RowOrder, check_columns, check_nulls_match, check_step_order
 from tracer.columns import (
     REQUIRED,
     TOKEN_COLUMNS,
@@ -30,14 +31,15 @@ from tracer.columns import (
 from tracer.manifest import (
     TOKENS,
     RequestsFile,
+    TimingsFile,
     build_manifest,
     read_manifest,
     sha256_of,
-    write_atomically,
     write_manifest,
 )
 from tracer.requests import REQUESTS_FILE, requests_table
 from tracer.shards import parquet_bytes, write_shard
+from tracer.timing_table import StepTimings, write_timings
 
 DEFAULT_SHARD_ROWS = 4096
 
@@ -79,7 +81,9 @@ class TraceWriter:
         self._specs: dict[str, ColumnSpec] = {}
         self._blocks: list[Block] = []
         self._buffered_rows = 0
+        self._timings: list[tuple[int, StepTimings]] = []
         self._last_step = -1
+        self._order = RowOrder()
         self._requests: dict[int, None] = {}
         self._closed = False
         refuse_non_empty(self.path)
@@ -108,15 +112,18 @@ class TraceWriter:
         token_id: ArrayLike,
         experts: ArrayLike,
         weights: ArrayLike | None = None,
+        timings: StepTimings | None = None,
         **optional: ArrayLike,
     ) -> int:
         """Append the n rows of one forward step; return the step's number.
 
         request, row, phase, position, token_id: [n], or one value for all rows; experts: [n, L, k]
         with -1 where a layer did not run, weights: [n, L, k] with nan there; optional columns as in
-        `tracer.columns`. n is taken from experts.
+        `tracer.columns`. n is taken from experts. `timings`: how long the step's layers took.
         """
         step = self._last_step + 1
+        if timings is not None:
+            self._timings.append((step, timings))
         columns = {
             "request": request,
             "step": step,
@@ -156,12 +163,14 @@ class TraceWriter:
         if self._buffered_rows >= self._shard_rows:
             self._flush()
 
-    def close(self, requests: pd.DataFrame | Iterable[Mapping[str, Any]]) -> None:
+    def close(
+        self, requests: pd.DataFrame | Iterable[Mapping[str, Any]], notes: str | None = None
+    ) -> None:
         """Write what is buffered and requests.parquet, and mark the trace complete.
 
         `requests` has a row for every request: request, prompt_tokens, output_tokens (tokens
         generated: one by the prefill and one by each decode row), and domain and arrival_s where
-        known.
+        known. `notes` replaces those of the recording.
         """
         if self._closed:
             raise ValueError("TraceWriter: the trace is closed")
@@ -173,7 +182,11 @@ class TraceWriter:
         data = parquet_bytes(table, dictionary=["domain"])
         write_atomically(self.path / REQUESTS_FILE, data)
         entry = RequestsFile(file=REQUESTS_FILE, rows=table.num_rows, sha256=sha256_of(data))
-        self._manifest = self._manifest.model_copy(update={"requests": entry, "complete": True})
+        update: dict[str, Any] = {"requests": entry, "complete": True}
+        if notes is not None:
+            recording = self._manifest.recording
+            update["recording"] = recording.model_copy(update={"notes": notes})
+        self._manifest = self._manifest.model_copy(update=update)
         write_manifest(self.path, self._manifest)
         self._closed = True
 
@@ -223,14 +236,22 @@ class TraceWriter:
         where = f"{self.path}, shard {index}"
         check_columns(block, self._specs, self._geometry.num_experts, where)
         check_nulls_match(block, where)
+        self._order.check(block, where)
         shards = [
             write_shard(self.path, group, index, members, self._manifest.columns, self._geometry)
             for group, members in _by_group(block, self._specs).items()
         ]
-        listed = (*self._manifest.shards, *shards)
-        self._manifest = self._manifest.model_copy(update={"shards": listed})
+        update = {"shards": (*self._manifest.shards, *shards), "timings": self._flush_timings()}
+        self._manifest = self._manifest.model_copy(update=update)
         write_manifest(self.path, self._manifest)
         self._blocks, self._buffered_rows = [], 0
+
+    def _flush_timings(self) -> tuple[TimingsFile, ...]:
+        written = self._manifest.timings
+        if self._timings:
+            written = (*written, write_timings(self.path, len(written), self._timings))
+            self._timings = []
+        return written
 
 
 def append_column(
@@ -239,11 +260,13 @@ def append_column(
     arrays: Iterable[NDArray],
     *,
     encoding: str | None = None,
+    fields: Callable[[], Mapping[str, Any]] = dict,
 ) -> None:
     """Add an optional column to a trace on disk.
 
     `arrays` are blocks [m, *shape] of any number of rows, together the trace's rows in order. The
-    manifest lists the column once all of it is written. Raises UserError for a column that the
+    manifest lists the column once all of it is written, and takes `fields()`, asked for then,
+    at the same time. Raises UserError for a column that the
     trace has, for too few or too many rows and for values that no trace may hold.
     """
     trace_dir = Path(trace_dir)
@@ -266,6 +289,7 @@ def append_column(
             shards.append(write_shard(Path(partial), name, index, block, infos, geometry))
         os.replace(Path(partial) / name, trace_dir / name)
     update = {"columns": manifest.columns | infos, "shards": (*manifest.shards, *shards)}
+    update |= fields()
     write_manifest(trace_dir, manifest.model_copy(update=update))
 
 

@@ -45,13 +45,14 @@ def import_npz(src: str | Path, model: str, out: str | Path) -> None:
     arrays = _read(src)
     _check_shapes(src, arrays, geometry)
     _check_requests(src, arrays)
-    specs = {name: column_spec(name, geometry) for name in ("experts", "weights")}
-    values = {"experts": arrays["experts"], "weights": arrays["scores"]}
-    check_columns(values, specs, geometry.num_experts, str(src))
-    check_nulls_match(values, str(src))
+    columns = _columns(arrays)
+    specs = {name: column_spec(name, geometry) for name in columns}
+    check_columns(columns, specs, geometry.num_experts, str(src))
+    check_nulls_match(columns, str(src))
     with new_directory(out) as draft, TraceWriter(draft, _fields(src, geometry)) as writer:
-        for columns in _blocks(arrays):
-            writer.write_rows(**columns)
+        for begin in range(0, len(columns["step"]), _BLOCK_ROWS):
+            rows = slice(begin, begin + _BLOCK_ROWS)
+            writer.write_rows(**{name: values[rows] for name, values in columns.items()})
         writer.close(_requests(arrays))
 
 
@@ -92,12 +93,12 @@ def _check_shapes(src: Path, arrays: Arrays, geometry: Geometry) -> None:
     }
     for name, (kinds, shape) in expected.items():
         array = arrays[name]
-        if array.dtype.kind not in kinds or array.shape != shape:
-            raise UserError(
-                f"{src}: array {name!r} is {array.dtype} {list(array.shape)}, expected"
-                f" {_KINDS[kinds]} {list(shape)} for {geometry.name} ({geometry.num_moe_layers} MoE"
-                f" layers, top-{geometry.top_k}); name the model that was recorded"
-            )
+        if array.dtype.kind in kinds and array.shape == shape:
+            continue
+        raise UserError(
+            f"{src}: array {name!r} is {array.dtype} {list(array.shape)}, expected"
+            f" {_KINDS[kinds]} {list(shape)}{_why(array, shape, geometry)}"
+        )
     if arrays["n_experts"] != geometry.num_experts:
         raise UserError(
             f"{src}: n_experts is {arrays['n_experts']}, {geometry.name} has"
@@ -105,11 +106,26 @@ def _check_shapes(src: Path, arrays: Arrays, geometry: Geometry) -> None:
         )
 
 
+def _why(array: NDArray, shape: tuple[int, ...], geometry: Geometry) -> str:
+    """What a wrong shape tells: another model, or arrays that do not belong together."""
+    if array.ndim == 3 and array.shape[1:] != shape[1:]:
+        return (
+            f" for {geometry.name} ({geometry.num_moe_layers} MoE layers, top-{geometry.top_k});"
+            " name the model that was recorded"
+        )
+    if array.ndim == len(shape) and array.shape != shape:
+        return (
+            ": token has an entry a row, prompt_len an entry a request; the arrays are cut off or"
+            " not of one recording, restore the file"
+        )
+    return "; restore the file"
+
+
 _KINDS = {"iu": "integers", "f": "floats", "U": "text"}
 
 
 def _check_requests(src: Path, arrays: Arrays) -> None:
-    offsets, rows = arrays["offsets"], len(arrays["token"])
+    offsets, rows = arrays["offsets"].astype(np.int64), len(arrays["token"])
     if rows == 0:
         raise UserError(f"{src}: holds no rows; nothing to import")
     lengths = np.diff(offsets)
@@ -144,13 +160,13 @@ def _fields(src: Path, geometry: Geometry) -> dict[str, Any]:
     }
 
 
-def _blocks(arrays: Arrays) -> list[Arrays]:
+def _columns(arrays: Arrays) -> Arrays:
     rows = len(arrays["token"])
     lengths = np.diff(arrays["offsets"])
     request = np.repeat(np.arange(len(lengths)), lengths)
     step = np.arange(rows)
     row_in_request = step - arrays["offsets"][:-1][request]
-    columns = {
+    return {
         "request": request,
         "step": step,
         "row": np.zeros(rows, np.int16),
@@ -160,10 +176,6 @@ def _blocks(arrays: Arrays) -> list[Arrays]:
         "experts": arrays["experts"],
         "weights": arrays["scores"],
     }
-    return [
-        {name: values[begin : begin + _BLOCK_ROWS] for name, values in columns.items()}
-        for begin in range(0, rows, _BLOCK_ROWS)
-    ]
 
 
 def _requests(arrays: Arrays) -> pd.DataFrame:

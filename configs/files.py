@@ -1,0 +1,38 @@
+"""Files that are written: whole or not at all, and over nothing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from configs.errors import UserError
+
+FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def prepare_figure(path: Path) -> None:
+    """Check that a figure can be drawn to `path`, and make its directory.
+
+    Raises UserError for a suffix other than FIGURE_SUFFIXES and where the file exists, OSError
+    where the directory cannot be made.
+    """
+    if path.suffix not in FIGURE_SUFFIXES:
+        raise UserError(f"{path}: a figure ends in one of {', '.join(FIGURE_SUFFIXES)}")
+    if path.exists():
+        raise UserError(f"{path}: exists; name a new file or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def draft_of(path: Path) -> Path:
+    """The hidden name beside `path` under which `write_atomically` prepares it."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` under a name that readers ignore, then rename it to `path`."""
+    draft = draft_of(path)
+    try:
+        draft.write_bytes(data)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
