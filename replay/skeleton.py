@@ -1,0 +1,75 @@
+"""A transformers model without its routed experts: everything else loaded, experts never read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+_LOCK = threading.Lock()
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether this is a fused experts module of transformers."""
+    return type(module).__name__.endswith("Experts")
+
+
+@contextmanager
+def without_experts() -> Iterator[None]:
+    """Models made or loaded inside get None for the parameters of their experts.
+
+    A checkpoint key whose parameter is not there is never read by transformers. Not for use from
+    two threads at once: it replaces ``Module.register_parameter`` for the while.
+    """
+    original = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.dim() >= 2 and is_experts(self):
+            # Else transformers initialises what is not there.
+            self._is_hf_initialized = True  # type: ignore[assignment]
+            parameter = None
+        original(self, name, parameter)
+
+    with _LOCK:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def meta_model(config: Any, dtype: torch.dtype) -> Any:
+    """The whole model on the meta device: names and shapes, no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def load_skeleton(path: str | Path, dtype: torch.dtype, device: str) -> Any:
+    """A checkpoint's model on ``device`` without its experts."""
+    with without_experts():
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device)
+    return model.eval()
+
+
+def random_skeleton(config: Any, dtype: torch.dtype, device: str, seed: int) -> Any:
+    """A model of random weights on ``device`` without its experts: for timing a geometry."""
+    torch.manual_seed(seed)
+    with without_experts(), torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval()
+
+
+def read_config(path: str | Path) -> Any:
+    """Configuration of a checkpoint."""
+    return AutoConfig.from_pretrained(path)
+
+
+def experts_modules(model: nn.Module) -> dict[str, Any]:
+    """Fused experts modules by name, in order of execution."""
+    return {name: module for name, module in model.named_modules() if is_experts(module)}
