@@ -1,0 +1,240 @@
+"""A decode step as CUDA graphs, cut at the experts: what hides behind kernel launches shows.
+
+An unmodified transformers model decodes one token under stream capture with a static KV cache. Each
+time it calls its experts the graph in the making ends - its last node copies the expert ids to the
+host - and the next begins with the sum of the experts' outputs. A step then is: replay a segment,
+wait for the ids, decide, launch the experts' kernels group by group, and so on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import StaticCache
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from configs.errors import UserError
+from policies.core import DecisionCore
+from replay.driver import Driver
+from replay.kernels import GatedExperts, gated_experts
+from replay.slots import CopyEngine, SlotPool
+from replay.store import ExpertStore
+
+IMPLEMENTATION = "moesim_capture"
+
+
+@dataclass
+class _Boundary:
+    """What a layer's gate leaves behind, at fixed addresses: inputs and output of its experts."""
+
+    hidden: torch.Tensor
+    ids: torch.Tensor
+    ids_on_host: np.ndarray
+    out: torch.Tensor
+
+
+class CapturedStep:
+    """One decode step of ``rows`` tokens, cut into ``len(modules) + 1`` graphs.
+
+    ``token``: int64 [rows, 1] on the device, the input. ``next_token``: int64 [rows], greedy.
+    ``logits``: [rows, vocabulary]. The cache's own counters advance with every replay.
+    """
+
+    def __init__(self, model: Any, modules: Sequence[Any], cache: StaticCache, rows: int) -> None:
+        self.token = torch.zeros((rows, 1), dtype=torch.long, device=model.device)
+        self.boundaries: list[_Boundary] = []
+        self.graphs: list[torch.cuda.CUDAGraph] = []
+        self._pool = torch.cuda.graph_pool_handle()
+        self._modules = list(modules)
+        self._rows = rows
+        with _capturing(model, self._modules, self):
+            self._capture(model, cache)
+
+    def _capture(self, model: Any, cache: StaticCache) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), torch.inference_mode():
+            self._begin()
+            output = model(self.token, past_key_values=cache, use_cache=True)
+            self.logits = output.logits[:, -1]
+            self.next_token = self.logits.argmax(-1)
+            self.token.copy_(self.next_token[:, None])
+            self.next_on_host = torch.empty(self._rows, dtype=torch.long, pin_memory=True)
+            self.next_on_host.copy_(self.next_token, non_blocking=True)
+            self.graphs[-1].capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def _begin(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool)
+        self.graphs.append(graph)
+
+    def cut(
+        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The model calls its experts: end this graph, begin the next with their sum."""
+        rows, top_k = ids.shape
+        # Allocated while capturing, so the addresses are the graphs' own.
+        narrow = ids.to(torch.int32)
+        host = torch.empty((rows, top_k), dtype=torch.int32, pin_memory=True)
+        host.copy_(narrow, non_blocking=True)
+        out = torch.empty((rows * top_k, hidden.shape[-1]), dtype=hidden.dtype, device=ids.device)
+        self.boundaries.append(_Boundary(hidden, narrow, host.numpy(), out))
+        self.graphs[-1].capture_end()
+        self._begin()
+        weighted = out * weights.reshape(-1, 1)
+        return weighted.view(rows, top_k, -1).sum(1).to(hidden.dtype)
+
+
+@contextmanager
+def _capturing(model: Any, modules: Sequence[Any], step: CapturedStep) -> Any:
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _cut)
+    kept = model.config._experts_implementation
+    for layer, module in enumerate(modules):
+        module._moesim_capture = (step, layer)
+    model.set_experts_implementation(IMPLEMENTATION)
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(kept)
+        for module in modules:
+            del module._moesim_capture
+
+
+def _cut(
+    module: Any, hidden: torch.Tensor, *args: torch.Tensor, **named: torch.Tensor
+) -> torch.Tensor:
+    ids, weights = (*args, *named.values())[:2]
+    step, layer = module._moesim_capture
+    result: torch.Tensor = step.cut(layer, hidden, ids, weights)
+    return result
+
+
+class GroupLaunches:
+    """Experts' kernels of every layer, captured once a group: a launch names its slots and replays.
+
+    Slot numbers lie in pinned memory that the kernels read themselves, a piece for every layer and
+    group of a step, so that none is overwritten before it was read.
+    """
+
+    def __init__(self, step: CapturedStep, kernels: Sequence[GatedExperts], groups: int) -> None:
+        count = len(step.boundaries[0].out)
+        layers = len(step.boundaries)
+        pinned = torch.full((layers, groups, count), -1, dtype=torch.int32, pin_memory=True)
+        self._pinned = pinned
+        self.slots = pinned.numpy()
+        inner = max(kernel.inner for kernel in kernels)
+        device = step.token.device
+        self._act = torch.empty(
+            (count, inner), dtype=step.boundaries[0].hidden.dtype, device=device
+        )
+        self._graphs: list[list[torch.cuda.CUDAGraph]] = []
+        pool = torch.cuda.graph_pool_handle()
+        for layer, kernel in enumerate(kernels):
+            edge = step.boundaries[layer]
+            kernel.launch(edge.hidden, pinned[layer, 0], self._act, edge.out)
+            torch.cuda.synchronize()
+            row = []
+            for group in range(groups):
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    kernel.launch(edge.hidden, pinned[layer, group], self._act, edge.out)
+                row.append(graph)
+            self._graphs.append(row)
+
+    def replay(self, layer: int, group: int) -> None:
+        """Launch; the slots of this layer and group have been written."""
+        self._graphs[layer][group].replay()
+
+
+class GraphEngine:
+    """Decodes with captured segments; ``core`` decides. One request batch of ``rows``.
+
+    ``forced``: expert ids by layer to execute instead of the model's own, int [layers, rows, k].
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        modules: Sequence[Any],
+        store: ExpertStore,
+        core: DecisionCore,
+        pool: SlotPool,
+        step: CapturedStep,
+        launches: GroupLaunches,
+        *,
+        window: int = 2,
+        touch_order: str = "last-use",
+    ) -> None:
+        self.core = core
+        self.step = step
+        self.pool = pool
+        self.copies = CopyEngine(core, store, pool, window)
+        self.driver = Driver(core, self.copies, self._drain, touch_order)
+        self.forced: np.ndarray | None = None
+        self._launches = launches
+        self._ready = torch.cuda.Event()
+        self._experts = core.shape.experts
+        self._slot_row = np.full(core.shape.experts, -1, np.int32)
+        experts = core.shape.experts
+        for key, slot in core.memory.slot_of.items():
+            pool.memory[slot].copy_(store.expert(*divmod(key, experts)))
+        torch.cuda.synchronize()
+
+    def decode(self, step: int, begins: Sequence[int] = (), ends: Sequence[int] = ()) -> None:
+        """One step: the token in ``step.token`` goes in, the next one is there when it returns."""
+        driver, captured = self.driver, self.step
+        driver.begin_step(step, "decode", begins)
+        for layer, edge in enumerate(captured.boundaries):
+            captured.graphs[layer].replay()
+            self._wait()
+            ids = edge.ids_on_host if self.forced is None else self.forced[layer]
+            self._event(layer, ids)
+        captured.graphs[-1].replay()
+        self._wait()
+        driver.end_step(ends)
+
+    def _event(self, layer: int, ids: np.ndarray) -> None:
+        slot_of = self.core.memory.slot_of
+        base = layer * self._experts
+        flat = ids.reshape(-1).tolist()
+        slots = self._launches.slots[layer]
+        group = 0
+
+        def launch(keys: Sequence[int]) -> None:
+            nonlocal group
+            chosen = {key - base: slot_of[key] for key in keys}
+            slots[group] = [chosen.get(expert, -1) for expert in flat]
+            self._launches.replay(layer, group)
+            group += 1
+
+        self.driver.event(layer, ids, launch)
+
+    def _wait(self) -> None:
+        """Spin until the device has run everything; landings and refills are looked after."""
+        event = self._ready
+        event.record()
+        spin = self.driver.spin
+        while not event.query():
+            spin()
+
+    def _drain(self) -> None:
+        self._wait()
+
+
+def require_kernels(modules: Sequence[Any], views: dict[str, torch.Tensor]) -> list[GatedExperts]:
+    """Kernels for all layers; UserError names an experts class that they cannot run."""
+    kernels = []
+    for module in modules:
+        kernel = gated_experts(module, views)
+        if kernel is None:
+            raise UserError(
+                f"{type(module).__name__}: no kernel reads its experts from slots; run it eagerly"
+            )
+        kernels.append(kernel)
+    return kernels
