@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -17,6 +17,21 @@ from pydantic import (
 from configs.load import PROVENANCE, find, names_in, read_yaml, validated
 
 _MAX_NS = 100_000_000
+_MAX_COPY_NS = 100_000_000_000
+_MAX_BYTES_PER_S = 2e12
+
+MODEL_FIELDS = ("step_ns", "segment_floor_ns", "experts_floor_ns", "head_floor_ns")
+"""Values that only the run of a model can give; `moesim calibrate` leaves them as they were."""
+
+CopyKind = Literal[
+    "pinned_h2d",
+    "pinned_h2d_gpu_busy",
+    "pinned_h2d_back_to_back",
+    "pinned_d2h",
+    "pageable_h2d",
+    "pageable_d2h",
+]
+"""Host memory and direction; alone on an idle link unless it says otherwise."""
 
 LatencyNs = Annotated[int, Field(ge=0, le=_MAX_NS)]
 Slowdown = Annotated[float, Field(ge=0, le=10)]
@@ -29,6 +44,46 @@ class Provenance(BaseModel):
 
     source: str = Field(min_length=1)
     spread: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+
+
+class CurvePoint(BaseModel):
+    """Time of one copy of a size.
+
+    From the call to the host seeing it landed, issue included; `pinned_h2d_back_to_back`: a copy's
+    share of a queue of them, so without issue and start-up.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    kind: CopyKind
+    bytes: int = Field(ge=1, le=2**40)
+    ns: int = Field(ge=1, le=_MAX_COPY_NS)
+    spread_ns: int = Field(ge=0, le=_MAX_COPY_NS)
+
+    @model_validator(mode="after")
+    def _check_rate(self) -> Self:
+        if self.bytes_per_s > _MAX_BYTES_PER_S:
+            raise ValueError(
+                f"{self.bytes} bytes in {self.ns} ns is {self.bytes_per_s:.3g} bytes/s, above any "
+                "link; is the time in ns?"
+            )
+        return self
+
+    @property
+    def bytes_per_s(self) -> float:
+        return self.bytes * 1e9 / self.ns
+
+
+class OtherValue(BaseModel):
+    """A measured value that no model of the simulator reads."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    value: float
+    unit: Literal["ns", "bytes/s", "fraction"]
+    source: str = Field(min_length=1)
+    spread: float | None = Field(default=None, ge=0)
 
 
 class _Sourced(BaseModel):
@@ -69,7 +124,7 @@ class _Sourced(BaseModel):
 
     @classmethod
     def _sourced_fields(cls) -> list[str]:
-        plain = {PROVENANCE, "name", "calibrated", "predictor_ns"}
+        plain = {PROVENANCE, "name", "calibrated", "predictor_ns", "link_curve", "also_measured"}
         return [name for name in cls.model_fields if name not in plain]
 
 
@@ -94,14 +149,14 @@ class Hardware(_Sourced):
 
     name: str = Field(min_length=1)
     calibrated: bool
-    """Whether the values were measured on such a machine (else datasheet or estimate)."""
+    """Whether all values but `MODEL_FIELDS` were measured on such a machine."""
 
     gpu_memory_bytes: int = Field(ge=2**30, le=2**40)
     gpu_bytes_per_s: float = Field(ge=1e10, le=3e13)
     gpu_flops_per_s: float = Field(ge=1e11, le=1e16)
     """Dense bf16 (fp16 where the GPU has no bf16)."""
 
-    link_bytes_per_s: float = Field(ge=1e8, le=2e12)
+    link_bytes_per_s: float = Field(ge=1e8, le=_MAX_BYTES_PER_S)
     """Host to device, from pinned memory."""
     link_startup_ns: LatencyNs
     """Before a copy on an idle link."""
@@ -143,6 +198,20 @@ class Hardware(_Sourced):
 
     predictor_ns: PredictorNs
 
+    link_curve: tuple[CurvePoint, ...] = Field(default=(), strict=False, max_length=1000)
+    """What the link's values were fitted to; empty where nobody measured it."""
+    also_measured: tuple[OtherValue, ...] = Field(default=(), strict=False, max_length=200)
+
+    @model_validator(mode="after")
+    def _check_lists(self) -> Self:
+        points = [f"{point.kind} of {point.bytes} bytes" for point in self.link_curve]
+        names = [other.name for other in self.also_measured]
+        for what, entries in (("link_curve", points), ("also_measured", names)):
+            twice = [entry for entry in entries if entries.count(entry) > 1]
+            if twice:
+                raise ValueError(f"field {what!r}: {twice[0]} is given twice")
+        return self
+
     def with_link(self, bytes_per_s: float) -> Self:
         """The same machine with another link rate, in bytes per second; not calibrated any more.
 
@@ -150,6 +219,7 @@ class Hardware(_Sourced):
         """
         data = self.model_dump()
         data["calibrated"] = False
+        data["link_curve"] = ()
         data["link_bytes_per_s"] = {"value": bytes_per_s, "source": "set by the user"}
         return validated(type(self), data, f"hardware {self.name}")
 

@@ -13,10 +13,42 @@ Out = Annotated[Path, typer.Option("--out", help="Directory to write; must be ne
 
 def register(importer: typer.Typer) -> None:
     """Add the commands to the typer app of `moesim import`."""
+    importer.command("npz")(import_npz_command)
+    importer.command("bigmoe-csv")(import_csv_command)
     importer.command("vllm")(import_vllm_command)
     importer.command("sglang")(import_sglang_command)
     importer.command("hf-parquet")(import_hf_parquet_command)
     importer.command("moe-trace")(import_moe_trace_command)
+
+
+def import_npz_command(
+    src: Annotated[Path, typer.Argument(help="Arrays experts and scores [tokens, L, k], offsets.")],
+    model: Model,
+    out: Out,
+) -> None:
+    """Import a decode trace from a NumPy archive.
+
+    Example: moesim import npz gpt-oss-20b-decode.npz --model gpt-oss-20b --out traces/gpt-oss
+    """
+    from tracer.importers.npz import import_npz
+
+    import_npz(src, model, out)
+    say_imported(out)
+
+
+def import_csv_command(
+    src: Annotated[Path, typer.Argument(help="BigMoeOnEdge's route trace (CSV).")],
+    model: Model,
+    out: Out,
+) -> None:
+    """Import a BigMoeOnEdge route trace.
+
+    Example: moesim import bigmoe-csv route.csv --model qwen3-30b-a3b --out traces/qwen3
+    """
+    from tracer.importers.bigmoe_csv import import_bigmoe_csv
+
+    import_bigmoe_csv(src, model, out)
+    say_imported(out)
 
 
 def import_vllm_command(
