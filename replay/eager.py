@@ -23,6 +23,8 @@ IMPLEMENTATION = "moesim_replay"
 KERNEL = "grouped_mm"
 """Transformers' kernel that runs on the slots."""
 
+_MOST_GROUPS = 512  # torch's grouped_mm takes no more than 1,024 matrices
+
 
 class EagerEngine:
     """One model, its experts in ``store``, decided by ``core``.
@@ -94,21 +96,47 @@ class EagerEngine:
             chosen = slots[flat]
             picked = np.flatnonzero(chosen >= 0)
             where = torch.from_numpy(picked).to(hidden.device)
-            slot = torch.from_numpy(chosen[picked]).to(hidden.device)
-            out[where] = self._compute(layer, hidden[where // top_k], slot)
+            out[where] = self._compute(layer, hidden[where // top_k], chosen[picked])
 
         self.driver.event(layer, on_host, launch)
         weighted = out * weights.reshape(-1, 1)
         return weighted.view(rows, top_k, -1).sum(1).to(hidden.dtype)
 
-    def _compute(self, layer: int, hidden: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """The experts in ``slots`` [m] on ``hidden`` [m, H], unweighted."""
+    def _compute(self, layer: int, hidden: torch.Tensor, slots: np.ndarray) -> torch.Tensor:
+        """The experts in ``slots`` int [m] on ``hidden`` [m, H], unweighted."""
+        result = torch.empty_like(hidden)
+        for first in self._windows(slots):
+            inside = np.flatnonzero((slots >= first) & (slots < first + _MOST_GROUPS))
+            rows = torch.from_numpy(inside).to(hidden.device)
+            local = torch.from_numpy(slots[inside] - first).to(hidden.device)
+            views = {
+                name: view[first : first + _MOST_GROUPS] for name, view in self.pool.views.items()
+            }
+            result[rows] = self._kernel(layer, hidden[rows], local, views)
+        return result
+
+    @staticmethod
+    def _windows(slots: np.ndarray) -> list[int]:
+        """First slots of the ranges that hold all of ``slots``."""
+        firsts: list[int] = []
+        for slot in np.unique(slots).tolist():
+            if not firsts or slot >= firsts[-1] + _MOST_GROUPS:
+                firsts.append(slot)
+        return firsts
+
+    def _kernel(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        slots: torch.Tensor,
+        views: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
         module = self._modules[layer]
-        kept = {name: module._parameters[name] for name in self.pool.views}
+        kept = {name: module._parameters[name] for name in views}
         experts = module.num_experts
         # The slots pose as the fused weights: the kernel needs no knowledge of the model.
-        module._parameters.update(self.pool.views)
-        module.num_experts = self.pool.slots
+        module._parameters.update(views)
+        module.num_experts = len(next(iter(views.values())))
         try:
             ones = torch.ones((len(slots), 1), dtype=hidden.dtype, device=hidden.device)
             result: torch.Tensor = ALL_EXPERTS_FUNCTIONS[KERNEL](

@@ -233,7 +233,6 @@ def test_the_machines_listed_are_the_ones_shipped():
 def test_every_value_has_a_source(name):
     machine = load_hardware(name)
     assert machine.name == name
-    assert machine.calibrated is False
     numbers = set(Hardware.model_fields) - {
         *("name", "calibrated", "provenance", "predictor_ns"),
         *("link_curve", "also_measured"),
@@ -267,16 +266,19 @@ def test_links_are_achievable_not_nominal(name, nominal_gb_per_s):
     assert 0.7 < share < 0.9
 
 
-def copy_seconds(machine, n_bytes):
-    return machine.link_startup_ns / 1e9 + n_bytes / machine.link_bytes_per_s
-
-
 def test_the_h200s_copies_are_the_measured_ones():
     machine = load_hardware("h200-pcie5")
-    assert 17e6 / copy_seconds(machine, 17e6) == pytest.approx(53.6e9, rel=0.01)
-    assert 1e6 / copy_seconds(machine, 1e6) == pytest.approx(38e9, rel=0.01)
-    chunk_us = 1e6 * 2**22 / machine.link_bytes_per_s + machine.link_gap_ns / 1e3
-    assert chunk_us == pytest.approx(81.6, rel=0.01)
+    assert machine.calibrated is True
+    # Alone, a part of the hand-over runs beside the copy, hence the wider margin.
+    for kind, overhead_ns, margin in (
+        ("pinned_h2d", machine.link_startup_ns + machine.copy_issue_ns, 0.1),
+        ("pinned_h2d_back_to_back", machine.link_gap_ns, 0.01),
+    ):
+        curve = [p for p in machine.link_curve if p.kind == kind and p.bytes >= 2**20]
+        assert len(curve) == 9
+        for point in curve:
+            expected_ns = overhead_ns + 1e9 * point.bytes / machine.link_bytes_per_s
+            assert point.ns == pytest.approx(expected_ns, rel=margin), (kind, point.bytes)
 
 
 @pytest.mark.parametrize(
@@ -289,17 +291,14 @@ def test_the_h200s_segments_are_the_measured_ones(model, layers, measured_ms):
     assert layers * machine.segment_floor_ns / 1e6 + head_ms == pytest.approx(measured_ms, rel=0.02)
 
 
-@pytest.mark.parametrize(
-    ("model", "measured_ms"), [("olmoe-1b-7b", 4.6), ("qwen1.5-moe-a2.7b", 6.7)]
-)
-def test_the_h200s_steps_without_misses_are_near_the_measured_ones(model, measured_ms):
-    machine, shape = load_hardware("h200-pcie5"), load_geometry(model)
+def test_the_h200s_step_without_misses_is_the_measured_one():
+    machine, shape = load_hardware("h200-pcie5"), load_geometry("olmoe-1b-7b")
     host_ns = machine.segment_launch_ns + machine.experts_launch_ns
     host_ns += machine.readback_ns + machine.decision_ns
     layer_ns = host_ns + machine.segment_floor_ns + machine.experts_floor_ns
     head_ns = 1e9 * shape.head_bytes / machine.gpu_bytes_per_s
     step_ms = (machine.step_ns + shape.num_moe_layers * layer_ns + head_ns) / 1e6
-    assert step_ms == pytest.approx(measured_ms, rel=0.05)
+    assert step_ms == pytest.approx(3.72, rel=0.02)
 
 
 def test_another_link():

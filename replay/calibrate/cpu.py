@@ -1,6 +1,7 @@
 """Experts on the CPU: their rate, what copies cost them, and what they cost the copies.
 
-One token goes through one expert's three matrices at a time, in bf16 on all cores. The weights lie
+One token (for the rate of computing, many) goes through one expert's three matrices at a time, in
+bf16 on all cores. The weights lie
 in the pinned memory that copies read from; each call takes the next ones, so none is in a cache.
 """
 
@@ -19,6 +20,7 @@ from replay.calibrate.rig import CalibrationError, Pool, Rig, Sizes, Tensor, Wor
 from replay.calibrate.stats import Reading, Value, excess, rate, summary
 
 _WARM_UPS = 5
+_MANY_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,10 @@ def expert_shape(model: str) -> ExpertShape:
     return ExpertShape(model, config.hidden_size, config.expert_intermediate_size)
 
 
-def expert_work(shape: ExpertShape, pool: Pool) -> Work:
-    """One expert for one token, the next one of the pool at each call."""
+def expert_work(shape: ExpertShape, pool: Pool, tokens: int = 1) -> Work:
+    """One expert for so many tokens, the next one of the pool at each call."""
     hidden, width = shape.hidden, shape.width
-    x = torch.randn(1, hidden).to(torch.bfloat16)
+    x = torch.randn(tokens, hidden).to(torch.bfloat16)
 
     def run() -> Tensor:
         weights = pool.piece(shape.nbytes).view(torch.bfloat16)
@@ -53,7 +55,7 @@ def expert_work(shape: ExpertShape, pool: Pool) -> Work:
         gated, plain = F.linear(x, up).chunk(2, dim=1)
         return F.linear(F.silu(gated) * plain, down)
 
-    return Work("cpu_expert", run, nbytes=shape.nbytes)
+    return Work("cpu_expert", run, nbytes=shape.nbytes, flops=shape.nbytes * tokens)
 
 
 def expert_times_ns(rig: Rig, work: Work, repeats: int) -> list[int]:
@@ -78,6 +80,7 @@ def measure_cpu(rig: Rig, sizes: Sizes, pinned: Pool, link: Link) -> Iterator[Re
         how = f"one expert of {model}, {shape.nbytes} bytes in bf16, one token"
         yield Reading(f"cpu_{model}_bytes_per_s", rates[-1][0], "bytes/s", how)
     yield _middle_rate(rates)
+    yield _many_tokens(rig, sizes, pinned)
     yield _transfer(rig, sizes)
     shape = ExpertShape("middle", sizes.hidden, sizes.width)
     yield from _beside_copies(rig, sizes, link, expert_work(shape, pinned))
@@ -93,6 +96,15 @@ def _middle_rate(rates: list[tuple[Value, ExpertShape]]) -> Reading:
     return Reading(
         "cpu_bytes_per_s", Value(middle[0].value, spread, middle[0].repeats), "bytes/s", how
     )
+
+
+def _many_tokens(rig: Rig, sizes: Sizes, pool: Pool) -> Reading:
+    """What the cores compute when the weights are read once for many tokens."""
+    shape = ExpertShape("middle", sizes.hidden, sizes.width)
+    work = expert_work(shape, pool, _MANY_TOKENS)
+    times = expert_times_ns(rig, work, sizes.repeats)
+    how = f"one expert of {shape.nbytes} bytes in bf16, {_MANY_TOKENS} tokens"
+    return Reading("cpu_flops_per_s", rate(work.flops, times), "flop/s", how)
 
 
 def _transfer(rig: Rig, sizes: Sizes) -> Reading:

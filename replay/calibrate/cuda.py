@@ -17,11 +17,15 @@ _WARM_UPS = 3
 
 
 class CudaGraph:
-    """A captured graph and the tensor that its result stands in."""
+    """A captured graph and the tensor that its result stands in.
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, output: Tensor) -> None:
+    It keeps ``work``: the graph reads tensors that work alone holds, wherever they lay at capture.
+    """
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, output: Tensor, work: Work) -> None:
         self.replay = graph.replay
         self.output = output
+        self._work = work
 
 
 class CudaRig:
@@ -97,7 +101,7 @@ class CudaRig:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             output = work.run()
-        captured = CudaGraph(graph, output)
+        captured = CudaGraph(graph, output, work)
         for _ in range(_WARM_UPS):
             graph.replay()
         torch.cuda.synchronize()

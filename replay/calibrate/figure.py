@@ -143,5 +143,5 @@ def _column(axes: Axes, rows: list[tuple[str, str, str, bool]], left: float, rig
         colour = INK if measured else GREY
         style: Any = {"transform": axes.transAxes, "fontsize": 7, "color": colour, "va": "center"}
         axes.text(left, y, name, **style)
-        axes.text(right - 0.095, y, value, ha="right", **style)
+        axes.text(right - 0.13, y, value, ha="right", **style)
         axes.text(right, y, spread, ha="right", **style)
