@@ -1,33 +1,43 @@
 from __future__ import annotations
 
 import io
+import json
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from typer.testing import CliRunner, Result
 
 from configs.errors import UserError
-from tests.traces import make_geometry, make_trace
-from tracer.inspect import draw_inspection, inspect_trace, render
-from tracer.trace import DECODE, PREFILL, Trace, TraceWriter
+from tests.traces import ALL_COLUMNS, make_geometry, make_trace
+from tracer.commands.inspect import register
+from tracer.inspect import as_json, draw_inspection, inspect_trace, render, subject
+from tracer.inspect.figures import draw_topics, missing_topics
+from tracer.trace import DECODE, PREFILL, Trace, TraceWriter, append_column, load_arrays
 
 
 def write_steps(path: Path, steps: list[tuple[int, list[int], list[list[int]]]]) -> Trace:
     """Write steps (phase, requests of its rows, expert ids of its rows), the same in all layers."""
     fields = {"model_id": "t", "geometry": make_geometry(), "recording": {"generator": "test"}}
     requests = sorted({request for _, rows, _ in steps for request in rows})
+    following = dict.fromkeys(requests, 0)
     with TraceWriter(path, fields) as writer:
         for phase, rows, ids in steps:
+            position = []
+            for request in rows:
+                position.append(following[request])
+                following[request] += 1
             writer.write_step(
                 request=rows,
                 row=np.arange(len(rows)),
                 phase=phase,
-                position=0,
+                position=position,
                 token_id=-1,
                 experts=np.repeat(np.array(ids)[:, None], 3, axis=1),
             )
@@ -143,6 +153,106 @@ def test_layers_that_did_not_run_are_left_out(bigmoe_trace: Trace) -> None:
     assert value(summary["counts"], "accesses (token, layer, rank)") == 44_766
 
 
+def test_overlap_of_single_layers(tmp_path: Path) -> None:
+    fields = {"model_id": "t", "geometry": make_geometry(), "recording": {"generator": "test"}}
+    with TraceWriter(tmp_path / "t", fields) as writer:
+        for at, ids in enumerate(([[0, 1], [0, 1], [0, 1]], [[0, 1], [1, 2], [6, 7]])):
+            writer.write_step(
+                request=[0], row=[0], phase=DECODE, position=at, token_id=-1, experts=[ids]
+            )
+        writer.close([{"request": 0, "prompt_tokens": 0, "output_tokens": 3}])
+    row = inspect_trace(Trace.open(tmp_path / "t"))["overlap"].iloc[0]
+    assert (row["lowest_layer"], row["overlap"], row["highest_layer"]) == (0, 0.5, 1)
+
+
+def test_domains(tmp_path: Path) -> None:
+    """Two requests a domain that choose apart: half of the accesses are elsewhere."""
+    trace = make_trace(tmp_path / "t", requests=4, prompt=0, output=1)  # code, prose, maths, code
+    requests = trace.requests().assign(domain=["code", "prose", "code", None])
+    ids = np.array([[0, 1], [4, 5], [0, 1], [4, 5]])
+    with TraceWriter(
+        tmp_path / "u",
+        {"model_id": "t", "geometry": make_geometry(), "recording": {"generator": "test"}},
+    ) as writer:
+        for request in range(4):
+            writer.write_step(
+                request=[request],
+                row=[0],
+                phase=DECODE,
+                position=0,
+                token_id=-1,
+                experts=np.tile(ids[request], (1, 3, 1)),
+            )
+        writer.close(requests)
+    summary = inspect_trace(Trace.open(tmp_path / "u"))
+    domains = summary["domains"]
+    assert domains["domain"].tolist() == ["code", "prose", "unknown"]
+    assert domains["requests"].tolist() == [2, 1, 1]
+    assert domains["elsewhere"].tolist() == [0.5] * 3
+    # One request alone is always half elsewhere; two that differ are not at all.
+    assert domains["chance"][1:].tolist() == [0.5] * 2
+    assert 0 < domains["chance"][0] < 0.5
+    shares = summary["domain_popularity"].pivot(
+        index=["domain", "layer"], columns="expert", values="share"
+    )
+    assert shares.loc[("code", 1)].tolist() == [0.5, 0.5, 0, 0, 0, 0, 0, 0]
+    assert shares.loc[("unknown", 2)].tolist() == [0, 0, 0, 0, 0.5, 0.5, 0, 0]
+
+
+def test_a_single_domain_is_like_all(tmp_path: Path) -> None:
+    trace = make_trace(tmp_path / "t", requests=1)
+    domains = inspect_trace(trace)["domains"]
+    assert domains[["elsewhere", "chance"]].to_numpy().tolist() == [[0, 0]]
+
+
+def test_distinct_experts_of_a_batch(tmp_path: Path) -> None:
+    """Three requests of 2, 1 and 2 decode tokens, recorded one after the other."""
+    steps = [
+        (PREFILL, [0, 0], [[6, 7], [6, 7]]),
+        (DECODE, [0], [[0, 1]]),
+        (DECODE, [0], [[0, 1]]),
+        (DECODE, [1], [[0, 2]]),
+        (DECODE, [2], [[4, 5]]),
+        (DECODE, [2], [[0, 1]]),
+    ]
+    batches = inspect_trace(write_steps(tmp_path / "t", steps))["batches"]
+    # Index 0: requests 0 and 1 (2 is left over); index 1: 0 and 2.
+    assert batches[["batch", "groups", "distinct"]].to_numpy().tolist() == [[1, 5, 2], [2, 2, 2.5]]
+    assert batches["uniform"].tolist() == pytest.approx([2, 8 * (1 - 0.75**2)])
+    chosen = np.array([4, 3, 1, 0, 1, 1]) / 5
+    assert batches["skewed"].tolist() == pytest.approx([2, (1 - (1 - chosen) ** 2).sum()])
+
+
+def test_without_decoding_there_is_no_batch_and_no_overlap(tmp_path: Path) -> None:
+    summary = inspect_trace(write_steps(tmp_path / "t", [(PREFILL, [0, 0], [[0, 1], [1, 2]])]))
+    assert summary["batches"].empty
+    assert summary["overlap"]["overlap"].isna().all()
+    assert summary["hits"]["phase"].unique().tolist() == ["prefill"]
+
+
+def test_predictions(tmp_path: Path) -> None:
+    """Decode tokens that choose 0 1: predicted right, half right in k, and wrong."""
+    steps = [(PREFILL, [0], [[2, 3]]), *[(DECODE, [0], [[0, 1]])] * 3]
+    trace = write_steps(tmp_path / "t", steps)
+    ids = np.full((4, 3, 4), -1, np.int16)
+    ids[:, :2] = np.array([[0, 1, 2, 3], [1, 0, 2, 3], [4, 1, 0, 5], [4, 5, 6, 7]])[:, None]
+    append_column(tmp_path / "t", "learned_1", [ids])
+    table = inspect_trace(Trace.open(trace.path))["predictions"]
+    learned = table[table["predictor"] == "learned"]
+    assert learned["layer"].tolist() == [1, 2]
+    assert learned["distance"].tolist() == [1, 1]
+    assert learned["tokens"].tolist() == [3, 3]
+    assert learned["top_k_share"].tolist() == pytest.approx([3 / 6] * 2)
+    assert learned["top_2k_share"].tolist() == pytest.approx([4 / 6] * 2)
+    popular = table[table["predictor"] == "popularity"]
+    assert popular["top_k_share"].tolist() == [1.0] * 3
+    assert popular["layer"].tolist() == [0, 1, 2]
+
+
+def test_without_predictions_there_is_no_accuracy(bigmoe_trace: Trace) -> None:
+    assert inspect_trace(bigmoe_trace)["predictions"].empty
+
+
 # Against brute force
 
 
@@ -219,11 +329,80 @@ def test_overlap_and_distinct_by_brute_force(seed: int, experts: int) -> None:
     assert found == pytest.approx([np.mean(sizes)])
 
 
-def test_real_decoding_reuses_experts(gpt_oss_trace: Trace) -> None:
-    summary = inspect_trace(gpt_oss_trace)
-    assert round(summary["reuse"]["hit_share"][8 - 1], 2) == 0.65
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), batch=st.integers(1, 3), prompt=st.integers(0, 3))
+def test_predictions_by_brute_force(seed: int, batch: int, prompt: int) -> None:
+    names = ["lookahead_1", "lookahead_2", "learned_1"]
+    with tempfile.TemporaryDirectory() as scratch:
+        trace = make_trace(
+            Path(scratch) / "t",
+            seed=seed,
+            batch=batch,
+            prompt=prompt,
+            columns=names,
+            shard_rows=7,
+        )
+        arrays = trace.load(["phase", "experts", *names])
+        table = inspect_trace(trace)["predictions"].set_index(["predictor", "distance", "layer"])
+    decode = np.flatnonzero(arrays["phase"] == DECODE)
+    for name, predictor in zip(names, ("next gate", "next gate", "learned"), strict=True):
+        ahead = int(name[-1])
+        for layer in range(ahead, 3):
+            right = [
+                [
+                    len(
+                        set(arrays[name][row, layer - ahead, :width].tolist())
+                        & set(arrays["experts"][row, layer].tolist())
+                    )
+                    for row in decode
+                ]
+                for width in (2, 4)
+            ]
+            found = table.loc[(predictor, ahead, layer), ["top_k_share", "top_2k_share"]]
+            assert found.tolist() == pytest.approx((np.mean(right, axis=1) / 2).tolist())
+    assert len(table) == 2 + 1 + 2 + 3
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), batch=st.integers(1, 3), experts=st.sampled_from([8, 70]))
+def test_batches_by_brute_force(seed: int, batch: int, experts: int) -> None:
+    """Requests of one length: groups are the same at every index; how they were recorded is not."""
+    with tempfile.TemporaryDirectory() as scratch:
+        trace = make_trace(
+            Path(scratch) / "t", experts=experts, requests=5, output=3, seed=seed, batch=batch
+        )
+        arrays = trace.load(["request", "phase", "experts"])
+        table = inspect_trace(trace)["batches"].set_index("batch")
+    chosen = [
+        arrays["experts"][(arrays["request"] == request) & (arrays["phase"] == DECODE)]
+        for request in range(5)
+    ]
+    groups = {1: [(0,), (1,), (2,), (3,), (4,)], 2: [(0, 2), (1, 3)], 4: [(0, 1, 2, 3)]}
+    for size, members in groups.items():
+        sizes = [
+            len({expert for r in group for expert in chosen[r][at, layer].tolist()})
+            for group in members
+            for at in range(3)
+            for layer in range(3)
+        ]
+        assert table["distinct"][size] == pytest.approx(np.mean(sizes))
+        assert table["groups"][size] == 3 * len(members)
+    assert table.index.tolist() == [1, 2, 4]
+
+
+def test_real_decoding_reuses_experts(gpt_oss_trace: Trace, tmp_path: Path) -> None:
+    columns = ["request", "step", "phase", "experts"]
+    gpt_oss_trace.export_arrays(tmp_path / "arrays", columns, 0, 8_000)
+    summary = inspect_trace(load_arrays(tmp_path / "arrays"))
+    # All 64,794 tokens: 65 %.
+    assert summary["reuse"]["hit_share"][8 - 1] == pytest.approx(0.65, abs=0.03)
     overlap = summary["overlap"].set_index("lag")["overlap"]
     assert overlap[1] > overlap[8] > overlap[64] > summary["overlap"]["chance"][0]
+    hits = summary["hits"].set_index(["policy", "slots"])["hit_share"]
+    assert hits["lru", 8] == pytest.approx(summary["reuse"]["hit_share"][8 - 1])
+    assert hits["belady", 8] > hits["lru", 8] + 0.1
+    batches = summary["batches"]
+    assert (batches["distinct"][1:] < batches["uniform"][1:]).all()
 
 
 # For people
@@ -243,6 +422,10 @@ def test_render_prints_every_table(tiny_trace: Trace) -> None:
         "Share of a layer's accesses",
         "A decode token's experts",
         "Reuse distance",
+        "Accesses to other experts than all domains",
+        "Hit rate of a cache a layer",
+        "among the predicted ones",
+        "Distinct experts of a batch",
         "Distinct experts a layer and step",
     ):
         assert title in text
@@ -283,3 +466,101 @@ def test_a_trace_of_one_token_can_be_drawn(tmp_path: Path) -> None:
     draw_inspection(trace, tmp_path / "new" / "a.png")
     assert (tmp_path / "new" / "a.png").stat().st_size > 5_000
     assert "look-ups" in rendered(trace)
+
+
+def test_json_holds_every_table_and_no_nan(tiny_trace: Trace) -> None:
+    summary = inspect_trace(tiny_trace)
+    content = json.loads(json.dumps(as_json(tiny_trace, summary), allow_nan=False))
+    assert content["model_id"] == "tiny"
+    assert content["trace_digest"] == tiny_trace.digest
+    for name, table in summary.items():
+        rebuilt = pd.DataFrame(content[name])
+        assert list(rebuilt) == list(table)
+        assert len(rebuilt) == len(table)
+    assert content["hits"]["hits"] == summary["hits"]["hits"].tolist()
+    assert content["overlap"]["overlap"][-1] is None
+
+
+def run(*arguments: str | Path) -> Result:
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    register(app)
+    return CliRunner().invoke(app, ["inspect", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trace, Path, Result]:
+    """A trace with all columns, the directory that the command drew to, and what it said."""
+    root = tmp_path_factory.mktemp("inspected")
+    trace = make_trace(root / "trace", columns=ALL_COLUMNS)
+    ran = run(trace.path, "--figures", root / "new", "--figure", root / "one.svg")
+    return trace, root / "new", ran
+
+
+def test_command_prints_tables_and_draws(drawn: tuple[Trace, Path, Result]) -> None:
+    _, directory, ran = drawn
+    assert ran.exit_code == 0, ran.output
+    assert "Hit rate of a cache a layer" in ran.stdout
+    assert f"figure: {directory / 'hits.png'}" in ran.stdout
+    assert directory.with_name("one.svg").stat().st_size > 5_000
+
+
+def test_a_figure_a_topic(drawn: tuple[Trace, Path, Result]) -> None:
+    trace, directory, _ = drawn
+    before = {path: path.read_bytes() for path in directory.iterdir()}
+    summary = inspect_trace(trace)
+    assert missing_topics(summary) == {}
+    paths = draw_topics(summary, subject(trace), directory)
+    topics = ("skew", "domains", "overlap", "reuse", "hits", "predictions", "batches")
+    assert [path.name for path in paths] == [
+        f"{t}.{kind}" for t in topics for kind in ("png", "svg")
+    ]
+    assert {path: path.read_bytes() for path in paths} == before
+    assert all(len(content) > 5_000 for content in before.values())
+    assert "3 MoE layers x 8 experts" in (directory / "hits.svg").read_text(encoding="utf-8")
+
+
+def test_topics_without_data_are_named(tmp_path: Path) -> None:
+    trace = write_steps(tmp_path / "t", [(PREFILL, [0, 0], [[0, 1], [1, 2]])])
+    summary = inspect_trace(trace)
+    assert sorted(missing_topics(summary)) == ["batches", "domains", "overlap", "predictions"]
+    drawn = draw_topics(summary, subject(trace), tmp_path / "figures")
+    assert [path.stem for path in drawn[::2]] == ["skew", "reuse", "hits"]
+    assert "nan" not in rendered(trace)
+
+
+def test_another_figure_is_not_replaced(tiny_trace: Trace, tmp_path: Path) -> None:
+    (tmp_path / "skew.png").write_text("mine")
+    with pytest.raises(UserError, match=r"skew\.png: another figure is there"):
+        draw_topics(inspect_trace(tiny_trace), subject(tiny_trace), tmp_path)
+    assert (tmp_path / "skew.png").read_text() == "mine"
+
+
+# The command
+
+
+def test_command_prints_one_json_object(tiny_trace: Trace, tmp_path: Path) -> None:
+    ran = run(tiny_trace.path, "--json", "--figure", tmp_path / "one.png")
+    assert ran.exit_code == 0, ran.output
+    assert json.loads(ran.stdout)["num_experts"] == 8
+    assert "figure: " in ran.stderr
+
+
+@pytest.mark.parametrize("option", ["--figure", "--figures"])
+def test_what_is_in_the_way_is_told_before_measuring(
+    tiny_trace: Trace, tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(trace: Trace) -> None:
+        pytest.fail("measured in vain")
+
+    monkeypatch.setattr("tracer.inspect.inspect_trace", never)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "a.png").write_text("mine")
+    target = tmp_path / "taken" / ("a.png" if option == "--figure" else "")
+    ran = run(tiny_trace.path, option, target)
+    assert isinstance(ran.exception, UserError)
+    assert "taken" in str(ran.exception)
+
+
+def test_command_help_shows_an_example() -> None:
+    assert "Example: moesim inspect" in run("--help").stdout
