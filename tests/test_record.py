@@ -1,6 +1,7 @@
 """The recorder on tiny random models, and on the sample's model where it is at hand."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -9,49 +10,28 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs torch: pip install 'moesim[gpu]'")
 transformers = pytest.importorskip("transformers", reason="needs pip install 'moesim[gpu]'")
 
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-
 from configs.errors import UserError  # noqa: E402
 from configs.geometry import list_models, load_model_config  # noqa: E402
+from tests.published import transformers_config  # noqa: E402
+from tests.tiny_models import CONFIGS, END, VOCABULARY, build, save  # noqa: E402
+from tracer.load_model import load_model  # noqa: E402
 from tracer.modelinfo import expert_norms, expert_parts, model_geometry  # noqa: E402
-from tracer.record import RECORDABLE, Sampling, generate_steps, load_model, main, record  # noqa: E402
+from tracer.record import (  # noqa: E402
+    RECORDABLE,
+    Options,
+    Request,
+    Sampling,
+    end_tokens,
+    generate_steps,
+    record,
+)
 from tracer.tap import RoutingTap  # noqa: E402
 from tracer.trace import DECODE, PREFILL, Trace  # noqa: E402
 
-VOCABULARY = 40
-END = 0
 PROMPT = [5, 9, 2, 33, 17, 4, 21]
 DRAWN = [8, 30, 11, 3, 11, 26, 1, 19]
 FORWARD = PROMPT + DRAWN[:-1]
-COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": None,
-    "eos_token_id": END,
-    "pad_token_id": None,
-}
-CONFIGS = {
-    "olmoe": {
-        "num_hidden_layers": 4,
-        "intermediate_size": 16,
-        "num_experts": 8,
-        "num_experts_per_tok": 3,
-        "tie_word_embeddings": True,
-    },
-    "qwen2_moe": {
-        "num_hidden_layers": 5,
-        "intermediate_size": 24,
-        "moe_intermediate_size": 8,
-        "shared_expert_intermediate_size": 20,
-        "num_experts": 6,
-        "num_experts_per_tok": 2,
-        "mlp_only_layers": [1, 4],
-        "tie_word_embeddings": False,
-    },
-}
+WARM = Sampling(temperature=0.8, top_p=0.95)
 PROMPTS = [{"domain": "code", "text": "t5 t9 t2"}, {"domain": "prose", "text": "t7 t8 t1 t30"}]
 
 
@@ -64,19 +44,6 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def build(family, **changes):
-    """A random float32 model whose gates are sharp enough that rounding decides no choice."""
-    torch.manual_seed(0)
-    defaults = type(transformers.AutoConfig.for_model(family))
-    config = defaults(**{**COMMON, **CONFIGS.get(family, {}), **changes})
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("gate.weight"):
-                parameter.mul_(50)
-    return model
-
-
 @pytest.fixture(scope="module", params=CONFIGS)
 def model(request):
     return build(request.param)
@@ -84,31 +51,25 @@ def model(request):
 
 @pytest.fixture
 def model_dir(tmp_path):
-    path = tmp_path / "tiny-olmoe"
-    build("olmoe").save_pretrained(path)
-    words = {f"t{i}": i for i in range(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
-    return path
+    return save(build("olmoe"), tmp_path / "tiny-olmoe")
 
 
 def replay(model, tap, drawn=DRAWN, logits=None):
     """Steps of PROMPT when `drawn` is drawn; `logits` collects those that the model gave."""
     tokens = iter(drawn)
 
-    def next_token(row):
+    def draw(row):
         if logits is not None:
             logits.append(row.clone())
         return next(tokens)
 
-    return list(generate_steps(model, tap, PROMPT, len(drawn), next_token))
+    request = Request(0, PROMPT, draw=draw)
+    return list(generate_steps(model, tap, [request], len(drawn), end_tokens(model)))
 
 
 def stitched(steps):
-    return {
-        name: np.concatenate([step.columns[name] for step in steps]) for name in steps[0].columns
-    }
+    results = [step.capture.result() for step in steps]
+    return {name: np.concatenate([each[name] for each in results]) for name in results[0]}
 
 
 def plain_logits(model):
@@ -210,17 +171,17 @@ def test_gate_inputs_norms_and_embeddings(model):
         recorded = stitched(replay(model, tap))
     _, calls = gate_calls(model)
     inputs = torch.stack([call[0] for call in calls], 1)
-    np.testing.assert_allclose(recorded["gate_inputs"], inputs, atol=1e-5)
+    np.testing.assert_allclose(recorded["gate_inputs"], inputs.half(), atol=1e-5, rtol=1e-3)
     np.testing.assert_allclose(recorded["gate_norms"], inputs.norm(dim=-1), rtol=1e-5)
     table = model.get_input_embeddings().weight.detach()
-    assert (recorded["embedding"] == table[FORWARD].numpy()).all()
+    assert (recorded["embedding"] == table[FORWARD].half().numpy()).all()
 
 
 def test_a_drawn_end_token_ends_the_request(model):
     with RoutingTap(model, [], 0) as tap:
         steps = replay(model, tap, drawn=[3, 4, END, 7, 7])
-    assert [step.token_ids for step in steps] == [PROMPT, [3], [4]]
-    assert [step.position for step in steps] == [0, len(PROMPT), len(PROMPT) + 1]
+    assert [step.token_ids.tolist() for step in steps] == [PROMPT, [3], [4]]
+    assert [step.position[0] for step in steps] == [0, len(PROMPT), len(PROMPT) + 1]
 
 
 def test_geometry_counts_every_byte_once(model):
@@ -262,19 +223,26 @@ def test_published_models_counted_from_their_modules_are_as_computed_from_their_
     published = load_model_config(name)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(
-            _transformers_config(published), dtype=torch.bfloat16
+            transformers_config(name), dtype=torch.bfloat16
         ).eval()
     expected = published.geometry("bf16").model_copy(update={"revision": ""})
     assert model_geometry(model, name) == expected
 
 
+def options(**changes):
+    return Options(**{"max_new_tokens": 6, "sampling": WARM, **changes})
+
+
 def test_a_trace_from_end_to_end(model_dir, tmp_path):
-    record(model_dir, PROMPTS, tmp_path / "out", max_new_tokens=6, columns=RECORDABLE)
+    record(model_dir, PROMPTS, tmp_path / "out", options(columns=RECORDABLE, lookahead=2))
     trace = Trace.open(tmp_path / "out")
     assert trace.manifest.model_id == "tiny-olmoe"
     assert trace.manifest.recording.sampling["experts_kernel"] == "grouped_mm"
+    assert trace.manifest.recording.sampling["gate_score"] == "softmax"
+    assert trace.manifest.recording.notes == ""
     assert trace.manifest.complete
     rows = trace.load(trace.columns())
+    assert {"lookahead_1", "lookahead_2", *RECORDABLE} <= set(rows)
     requests = trace.requests()
     assert requests["prompt_tokens"].tolist() == [3, 4]
     for entry in requests.itertuples():
@@ -284,13 +252,13 @@ def test_a_trace_from_end_to_end(model_dir, tmp_path):
         )
         assert rows["position"][own].tolist() == list(range(own.sum()))
     assert rows["token_id"][rows["phase"] == PREFILL].tolist() == [5, 9, 2, 7, 8, 1, 30]
-    table = load_model(model_dir)[0].get_input_embeddings().weight.detach().numpy()
+    table = load_model(model_dir).weights().get_input_embeddings().weight.detach().numpy()
     assert (rows["embedding"] == table[rows["token_id"]].astype(np.float16)).all()
 
 
 def test_recording_again_gives_the_same_bytes(model_dir, tmp_path):
     for out in ("a", "b"):
-        record(model_dir, PROMPTS, tmp_path / out, max_new_tokens=6, seed=3)
+        record(model_dir, PROMPTS, tmp_path / out, options(columns=RECORDABLE, batch_size=2))
     files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*.*"))
     assert len(files) > 5
     for file in files:
@@ -298,9 +266,10 @@ def test_recording_again_gives_the_same_bytes(model_dir, tmp_path):
 
 
 def test_each_request_samples_with_a_seed_of_its_own(model_dir, tmp_path):
-    record(model_dir, PROMPTS, tmp_path / "both", max_new_tokens=6)
-    record(model_dir, PROMPTS[:1], tmp_path / "first", max_new_tokens=6)
-    record(model_dir, PROMPTS[1:], tmp_path / "second", max_new_tokens=6, seed=1)
+    later = options(sampling=replace(WARM, seed=1))
+    record(model_dir, PROMPTS, tmp_path / "both", options())
+    record(model_dir, PROMPTS[:1], tmp_path / "first", options())
+    record(model_dir, PROMPTS[1:], tmp_path / "second", later)
     both, first, second = (
         Trace.open(tmp_path / out).load(["token_id", "experts"])
         for out in ("both", "first", "second")
@@ -311,6 +280,144 @@ def test_each_request_samples_with_a_seed_of_its_own(model_dir, tmp_path):
         assert (values == np.concatenate([first[name], second[name]])).all()
 
 
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, 0.95, 3)], ids=["greedy", "drawn"])
+def test_a_batch_draws_and_routes_what_single_requests_do(model_dir, tmp_path, sampling):
+    prompts = [{"domain": None, "text": t} for t in ("t5 t9 t2", "t7", "t8 t1 t30 t4", "t3 t3")]
+    for size in (1, 2, 3):
+        record(
+            model_dir, prompts, tmp_path / str(size), options(sampling=sampling, batch_size=size)
+        )
+    single = Trace.open(tmp_path / "1")
+    rows = single.load(["request", "phase", "position", "token_id", "experts"])
+    lengths = single.requests()["output_tokens"].tolist()
+    for size in (2, 3):
+        trace = Trace.open(tmp_path / str(size))
+        batched = trace.load([*rows, "step"])
+        order = np.argsort(batched["request"], kind="stable")
+        for name, values in rows.items():
+            assert (batched[name][order] == values).all(), name
+        assert trace.requests()["output_tokens"].tolist() == lengths
+        assert len(np.unique(batched["step"])) < len(np.unique(single.load(["step"])["step"]))
+
+
+def test_an_ended_request_leaves_the_batch(model):
+    batch = [
+        Request(0, [5, 9, 2], draw=iter([3, END]).__next__),
+        Request(7, [8], draw=iter([4, 6, 11, 2]).__next__),
+    ]
+    for request in batch:
+        request.draw = lambda _, own=request.draw: own()
+    with RoutingTap(model) as tap:
+        steps = list(generate_steps(model, tap, batch, 4, end_tokens(model)))
+    assert [step.request.tolist() for step in steps] == [[0, 0, 0, 7], [0, 7], [7], [7]]
+    assert [step.row.tolist() for step in steps] == [[0, 1, 2, 3], [0, 1], [1], [1]]
+    assert [step.position.tolist() for step in steps] == [[0, 1, 2, 0], [3, 1], [2], [3]]
+    assert [step.token_ids.tolist() for step in steps] == [[5, 9, 2, 8], [3, 4], [6], [11]]
+    assert [request.drawn for request in batch] == [[3, END], [4, 6, 11, 2]]
+    assert [request.steps for request in batch] == [2, 4]
+
+
+def test_end_tokens_may_be_ignored(model_dir, tmp_path):
+    model = build("olmoe")
+    with torch.no_grad():
+        model.lm_head.weight[END] = 0  # tied: its logit is 0, the others' are made negative
+        model.model.norm.weight.zero_()
+    model.save_pretrained(model_dir)
+    greedy = options(sampling=Sampling())
+    record(model_dir, PROMPTS, tmp_path / "ended", greedy)
+    record(model_dir, PROMPTS, tmp_path / "on", replace(greedy, ignore_eos=True))
+    assert Trace.open(tmp_path / "ended").requests()["output_tokens"].tolist() == [1, 1]
+    assert Trace.open(tmp_path / "on").requests()["output_tokens"].tolist() == [6, 6]
+
+
+def test_timings_of_each_step_and_layer(tmp_path):
+    path = save(build("qwen2_moe"), tmp_path / "tiny")
+    record(path, PROMPTS, tmp_path / "out", options(timings=True, shard_rows=4))
+    trace = Trace.open(tmp_path / "out")
+    assert len(trace.manifest.timings) > 1
+    timings = trace.timings()
+    steps = np.unique(trace.load(["step"])["step"])
+    assert timings["step"].tolist() == np.repeat(steps, 3).tolist()
+    assert timings["layer"].tolist() == [0, 1, 2] * len(steps)
+    for name in ("segment_ns", "experts_ns", "shared_ns"):
+        assert timings[name].between(1_000, 10**10).all()
+    # Qwen2 runs its shared expert before the gate: within the segment.
+    assert (timings["shared_ns"] < timings["segment_ns"]).all()
+    assert Trace.open(tmp_path / "out").digest == trace.digest
+    victim = tmp_path / "out" / trace.manifest.timings[0].file
+    victim.write_bytes(victim.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match=r"timings/part-00000\.parquet: its SHA-256 differs"):
+        trace.timings()
+
+
+def test_no_shared_experts_no_shared_times(model_dir, tmp_path):
+    record(model_dir, PROMPTS[:1], tmp_path / "out", options(timings=True))
+    assert Trace.open(tmp_path / "out").timings()["shared_ns"].isna().all()
+    record(model_dir, PROMPTS[:1], tmp_path / "plain", options())
+    with pytest.raises(UserError, match=r"no timings; record it: moesim trace .* timings"):
+        Trace.open(tmp_path / "plain").timings()
+
+
+def test_a_stopped_recording_is_a_whole_trace_of_what_there_is(model_dir, tmp_path):
+    seen = []
+    prompts = [*PROMPTS, {"domain": "code", "text": "t3 t1"}]
+    state = record(
+        model_dir,
+        prompts,
+        tmp_path / "out",
+        options(batch_size=2, ignore_eos=True),
+        progress=lambda state: seen.append(state.tokens),
+        stopped=lambda: len(seen) >= 2,
+    )
+    trace = Trace.open(tmp_path / "out")
+    assert trace.manifest.complete
+    assert trace.manifest.recording.notes == "stopped: 0 of 3 requests ended, 2 were in flight"
+    assert trace.notes == []
+    requests = trace.requests()
+    assert requests["request"].tolist() == [0, 1]
+    steps = len(np.unique(trace.load(["step"])["step"]))
+    assert requests["output_tokens"].tolist() == [steps, steps]
+    assert 1 < steps < 6
+    assert state.tokens == trace.rows == 7 + 2 * (steps - 1)
+
+
+def test_memory_is_bounded_by_the_shard(model_dir, tmp_path):
+    record(model_dir, PROMPTS, tmp_path / "out", options(ignore_eos=True, shard_rows=3))
+    rows = Trace.open(tmp_path / "out").manifest.shard_rows("tokens")
+    assert len(rows) >= 4
+    assert max(rows) <= 2 + 4  # a step is never cut: the longer prompt has 4 tokens
+
+
+def test_chats_go_through_the_template(model_dir, tmp_path):
+    prompts = [{"domain": None, "text": "", "messages": [{"role": "user", "content": "t5 t9"}]}]
+    with pytest.raises(UserError, match=r"prompt 1 has messages, .* no chat template"):
+        record(model_dir, prompts, tmp_path / "out", options())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.chat_template = (
+        "{% for m in messages %}t1 {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %} t2{% endif %}"
+    )
+    tokenizer.save_pretrained(model_dir)
+    record(model_dir, prompts, tmp_path / "out", options())
+    rows = Trace.open(tmp_path / "out").load(["phase", "token_id"])
+    assert rows["token_id"][rows["phase"] == PREFILL].tolist() == [1, 5, 9, 2]
+
+
+def test_a_step_holds_so_many_rows(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("tracer.record._MAX_STEP_ROWS", 6)
+    record(model_dir, PROMPTS, tmp_path / "single", options())
+    with pytest.raises(UserError, match=r"prompts 1 to 2 have 7 tokens; .* lower --batch-size"):
+        record(model_dir, PROMPTS, tmp_path / "out", options(batch_size=2))
+
+
+def test_long_prompts_may_be_cut(model_dir, tmp_path):
+    prompts = [{"domain": None, "text": "t5 " * 100}]
+    with pytest.raises(UserError, match="100 tokens and 6 new ones exceed"):
+        record(model_dir, prompts, tmp_path / "out", options())
+    record(model_dir, prompts, tmp_path / "out", options(max_prompt_tokens=9))
+    assert Trace.open(tmp_path / "out").requests()["prompt_tokens"].tolist() == [9]
+
+
 def test_draws_stay_in_the_nucleus_and_follow_the_probabilities():
     logits = torch.log(torch.tensor([0.05, 0.5, 0.05, 0.3, 0.1]))
     generator = torch.Generator().manual_seed(0)
@@ -318,46 +425,53 @@ def test_draws_stay_in_the_nucleus_and_follow_the_probabilities():
     drawn = np.bincount([draw() for _ in range(2000)], minlength=5) / 2000
     assert drawn[[0, 2, 4]].sum() == 0
     assert drawn[1] == pytest.approx(0.5 / 0.8, abs=0.04)  # four standard errors
-    assert Sampling(temperature=0.0).draw(logits, generator) == 1
-    assert Sampling(top_p=0.01).draw(logits, generator) == 1
+    assert Sampling(temperature=1.0, top_p=0.01).draw(logits, generator) == 1
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("changes", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens 0"),
-        ({"temperature": -1.0}, "temperature -1.0"),
-        ({"temperature": float("nan")}, "temperature nan"),
-        ({"top_p": 0.0}, "top_p 0.0"),
-        ({"top_p": 1.5}, "top_p 1.5"),
-        ({"columns": ["gate_prob"]}, "'gate_prob': choose of weights"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"shard_rows": 0}, "shard_rows 0"),
+        ({"sampling": (-1.0,)}, "temperature -1.0"),
+        ({"sampling": (float("nan"),)}, "temperature nan"),
+        ({"sampling": (1.0, 0.0)}, "top_p 0.0"),
+        ({"sampling": (1.0, 1.5)}, "top_p 1.5"),
+        ({"sampling": (1.0, 1.0, -1)}, "seed -1"),
+        ({"columns": ("gate_prob",)}, "'gate_prob': choose of weights"),
         ({"lookahead": 10}, "lookahead 10"),
         ({"max_new_tokens": 62}, "prompt 1: 3 tokens and 62 new ones exceed .* 64"),
-        ({"prompts": []}, "no prompts"),
-        ({"prompts": [{"domain": "code", "text": " "}]}, "prompt 1 has no tokens"),
-        ({"model_dir": "nowhere"}, "nowhere: no model lies here"),
     ],
 )
-def test_wrong_values_are_named_and_write_nothing(model_dir, tmp_path, options, message):
+def test_wrong_options_are_named_and_write_nothing(model_dir, tmp_path, changes, message):
     out = tmp_path / "out"
-    arguments = {"model_dir": model_dir, "prompts": PROMPTS, "out": out, "max_new_tokens": 2}
     with pytest.raises(UserError, match=message):
-        record(**arguments | options)
+        record(model_dir, PROMPTS, out, made_of(changes))
     assert not out.exists()
 
 
-def test_a_directory_with_something_in_it_is_left_alone(model_dir, tmp_path, capsys):
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps(prompt) + "\n" for prompt in PROMPTS))
-    arguments = [str(model_dir), str(prompts), str(tmp_path / "out"), "--max-new-tokens", "2"]
-    assert main(arguments) == 0
-    digest = Trace.open(tmp_path / "out").digest
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    assert f"{tmp_path / 'out'}: exists and is not empty" in captured.err
-    assert Trace.open(tmp_path / "out").digest == digest
+def made_of(changes):
+    if "sampling" in changes:
+        changes = {"sampling": Sampling(*changes["sampling"])}
+    return options(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": []}, "no prompts"),
+        ({"prompts": [{"domain": "code", "text": " "}]}, "prompt 1 has no tokens"),
+        ({"model_dir": "nowhere"}, "nowhere: no model lies here"),
+        ({"dtype": "fp12"}, "dtype 'fp12': choose of auto, bf16"),
+    ],
+)
+def test_wrong_values_are_named_and_write_nothing(model_dir, tmp_path, changes, message):
+    out = tmp_path / "out"
+    arguments = {"model_dir": model_dir, "prompts": PROMPTS, "out": out, "options": options()}
+    with pytest.raises(UserError, match=message):
+        record(**arguments | changes)
+    assert not out.exists()
 
 
 def test_a_model_without_experts_is_refused():
@@ -366,22 +480,29 @@ def test_a_model_without_experts_is_refused():
         RoutingTap(model, [], 0)
 
 
-def test_lookahead_is_refused_where_logits_do_not_tell_the_choice():
-    corrected = build(
-        "glm4_moe",
-        num_hidden_layers=2,
-        first_k_dense_replace=1,
-        intermediate_size=16,
-        moe_intermediate_size=8,
-        n_routed_experts=6,
-        num_experts_per_tok=2,
-        head_dim=8,
-    )
-    with pytest.raises(UserError, match="corrected score"):
-        RoutingTap(corrected, [], 1)
-    with RoutingTap(corrected, ["weights"], 0) as tap:
-        recorded = stitched(replay(corrected, tap))
-    assert recorded["experts"].shape == (len(FORWARD), 1, 2)
+def test_lookahead_is_refused_where_the_choice_is_not_explained(model):
+    gates = [m for name, m in model.named_modules() if name.endswith("mlp.gate")]
+
+    def choose_by_id(_, __, output):
+        logits, weights, ids = output
+        return logits, weights, torch.arange(ids.shape[-1]).expand_as(ids)
+
+    hooks = [gate.register_forward_hook(choose_by_id) for gate in gates]
+    with pytest.raises(UserError, match="do not choose by their logits alone"):
+        RoutingTap(model, [], 1)
+    for hook in hooks:
+        hook.remove()
+
+
+def test_a_forward_pass_is_taken_once(model):
+    tokens = torch.tensor([PROMPT])
+    with RoutingTap(model) as tap, torch.inference_mode():
+        model(tokens)
+        with pytest.raises(RuntimeError, match=r"ran twice; take\(\) each forward pass"):
+            model(tokens)
+        tap.take()
+        with pytest.raises(RuntimeError, match="did not run"):
+            tap.take()
 
 
 def test_the_samples_model_routes_and_draws_as_shipped(shared):
@@ -397,37 +518,23 @@ def test_the_samples_model_routes_and_draws_as_shipped(shared):
     length = int((rows["phase"][own] == PREFILL).sum())
     sampling = sample.manifest.recording.sampling
     draw = partial(
-        Sampling(sampling["max_new_tokens"], sampling["temperature"], sampling["top_p"]).draw,
+        Sampling(sampling["temperature"], sampling["top_p"]).draw,
         generator=torch.Generator().manual_seed(sample.manifest.recording.seed),
     )
     drawn, following = [], iter([*tokens[length:], END])
 
-    def next_token(logits):
+    def forced(logits):
         drawn.append(draw(logits))
         return next(following)
 
-    model, tokenizer = load_model(shared / "models" / "olmoe-twin")
+    loaded = load_model(shared / "models" / "olmoe-twin")
+    model, request = loaded.weights(), Request(0, tokens[:length], draw=forced)
     with RoutingTap(model, [], 0) as tap:
-        steps = list(
-            generate_steps(model, tap, tokens[:length], sampling["max_new_tokens"], next_token)
-        )
+        count = sampling["max_new_tokens"]
+        steps = list(generate_steps(model, tap, [request], count, end_tokens(model)))
     prompt = (sample.path.parent / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[0]
-    assert tokenizer(json.loads(prompt)["text"]).input_ids == tokens[:length]
+    assert loaded.tokenize(json.loads(prompt), 0) == tokens[:length]
     experts = stitched(steps)["experts"]
     same = (experts[..., :, None] == rows["experts"][own][..., None, :]).any(-1)
     assert same.mean() >= 0.98
     assert np.mean(np.array(drawn[:-1]) == tokens[length:]) >= 0.9
-
-
-def _transformers_config(published):
-    """The public numbers under the names that each family's configuration class knows."""
-    numbers = published.config.model_dump()
-    family = numbers["model_type"]
-    if family in ("mixtral", "phimoe", "gpt_oss"):
-        numbers["num_local_experts"] = numbers.pop("num_experts")
-    if family == "deepseek_v2":
-        numbers["n_routed_experts"] = numbers.pop("num_experts")
-    numbers["mlp_only_layers"] = list(numbers["mlp_only_layers"])
-    optional = {name for name, value in numbers.items() if value is None} - {"q_lora_rank"}
-    known = {name: value for name, value in numbers.items() if name not in optional}
-    return type(transformers.AutoConfig.for_model(family))(**known)

@@ -21,6 +21,7 @@ def test_the_sample_is_small_and_names_no_machine(sample):
     assert sample.manifest.model_id == "olmoe-twin"
     manifest = (sample.path / "manifest.json").read_text()
     assert not any(part in manifest for part in ("/work", "/home", "/tmp", "/root", "\\\\"))
+    assert sample.manifest.geometry_sha256  # which reading it has checked
 
 
 def test_every_column_of_the_sample_loads_with_its_digest_verified(sample):

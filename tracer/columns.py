@@ -11,9 +11,11 @@ row                 int16    [n]         row in the step's batch
 phase               uint8    [n]         0 prefill, 1 decode
 position            int32    [n]         position in the request, the prompt's first token is 0
 token_id            int32    [n]         -1 (null) where unknown
-experts             int16    [n, L, k]   -1 (null) where the layer did not run for the token
+experts             int16    [n, L, k]   -1 (null) where the layer did not run for the token,
+                                         and last where fewer than k experts with weights ran
 weights             float16  [n, L, k]   nan (null) exactly where experts is null
-gate_probs          float16  [n, L, E]   softmax of the gate over all experts
+gate_probs          float16  [n, L, E]   the gate's score (softmax or sigmoid) over all experts,
+                                         normalised to sum 1
 gate_norms          float32  [n, L]      norm of the gate's input
 lookahead_d         int16    [n, L, 2k]  experts of MoE layer l + d as predicted by the gate of
                                          l + d from the gate input of l, best first; -1 (null)

@@ -8,18 +8,26 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from configs.errors import UserError
 from configs.geometry import Geometry
-from tracer.tap import MoeBlock, find_moe_blocks
+from tracer.adapters import MoeBlock, find_moe_blocks, shared_module
+from tracer.tap import RoutingTap
 
 SharedExperts = Literal["none", "before_gate", "after_gate"]
-_DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_DTYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float8_e4m3fn: "fp8",
+}
 
 
-def describe_model(model: Any, name: str) -> dict[str, Any]:
+def describe_model(model: Any, name: str, revision: str = "") -> dict[str, Any]:
     """Return the fields of a trace's manifest that the model alone tells, see `model_geometry`."""
     return {
         "model_id": name,
-        "geometry": model_geometry(model, name),
+        "model_revision": revision,
+        "geometry": model_geometry(model, name, revision),
         "expert_norms": expert_norms(model),
         "parts": expert_parts(model),
     }
@@ -32,23 +40,24 @@ def model_geometry(model: Any, name: str, revision: str = "") -> Geometry:
     are seen, not looked up. Raises UserError for a model whose MoE layers cannot be recorded.
     """
     blocks = find_moe_blocks(model)
-    shared_experts, kv_bytes = _probe(model, blocks)
-    expert_bytes = [_bytes(block.experts) // block.experts.num_experts for block in blocks]
+    config = model.config.get_text_config()
+    shared_experts, kv_bytes, top_k = _probe(model, blocks)
+    expert_bytes = [_expert_bytes(block) for block in blocks]
     segments, head = _segments(model, blocks, late_shared=shared_experts == "after_gate")
-    first = blocks[0].experts
+    first = blocks[0]
     return Geometry(
         name=name,
         revision=revision,
-        num_layers=model.config.num_hidden_layers,
+        num_layers=config.num_hidden_layers,
         model_layer_ids=tuple(block.layer_id for block in blocks),
         num_experts=first.num_experts,
-        top_k=model.config.num_experts_per_tok,
-        hidden_size=model.config.hidden_size,
-        vocab_size=model.config.vocab_size,
-        expert_params=sum(p.numel() for p in first.parameters()) // first.num_experts,
-        expert_dtype=_DTYPE_NAMES[next(first.parameters()).dtype],
+        top_k=top_k,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        expert_params=sum(p[0].numel() for _, p in _expert_tensors(first)),
+        expert_dtype=_dtype_name(first),
         expert_bytes_by_layer=tuple(expert_bytes),
-        nonexpert_bytes=_bytes(model) - sum(_bytes(block.experts) for block in blocks),
+        nonexpert_bytes=_bytes(model) - sum(map(_all_expert_bytes, blocks)),
         segment_bytes_by_layer=tuple(segments),
         head_bytes=head,
         kv_bytes_per_token=kv_bytes,
@@ -58,15 +67,14 @@ def model_geometry(model: Any, name: str, revision: str = "") -> Geometry:
 
 def expert_norms(model: nn.Module) -> list[list[float]]:
     """Frobenius norm of every expert over all its tensors, [L][E], to 6 significant digits."""
-    return [_norms(block.experts) for block in find_moe_blocks(model)]
+    return [_norms(block) for block in find_moe_blocks(model)]
 
 
 def expert_parts(model: nn.Module) -> list[dict[str, Any]]:
     """Name and bytes of each matrix of one expert; a fused gate and up projection is two."""
-    experts = find_moe_blocks(model)[0].experts
     parts = []
-    for name, parameter in experts.named_parameters():
-        size = parameter.numel() * parameter.element_size() // experts.num_experts
+    for name, tensor in _expert_tensors(find_moe_blocks(model)[0]):
+        size = tensor[0].numel() * tensor.element_size()
         names = [name]
         if name.startswith("gate_up_"):
             names = [name.replace("gate_up_", half) for half in ("gate_", "up_")]
@@ -74,11 +82,46 @@ def expert_parts(model: nn.Module) -> list[dict[str, Any]]:
     return parts
 
 
-def _norms(experts: Any) -> list[float]:
-    squares = sum(
-        parameter.detach().double().square().flatten(1).sum(1) for parameter in experts.parameters()
-    )
-    return [float(f"{norm:.6g}") for norm in squares.sqrt().tolist()]
+def _expert_tensors(block: MoeBlock) -> list[tuple[str, torch.Tensor]]:
+    """The experts' parameters as [E, ...]; some classes keep the experts' rows one below another.
+
+    Rows beyond the experts' (Longcat keeps some for its identity experts) are never read.
+    """
+    count = block.num_experts
+    total = getattr(block.experts, "total_experts", count)
+    tensors = []
+    for name, parameter in block.experts.named_parameters():
+        rows = total if parameter.shape[0] == total else count
+        whole = parameter.detach().reshape(rows, -1, *parameter.shape[1:])
+        tensors.append((name.split(".")[-1], whole[:count]))
+    return tensors
+
+
+def _expert_bytes(block: MoeBlock) -> int:
+    return sum(p[0].numel() * p.element_size() for _, p in _expert_tensors(block))
+
+
+def _all_expert_bytes(block: MoeBlock) -> int:
+    return _expert_bytes(block) * block.num_experts
+
+
+def _dtype_name(block: MoeBlock) -> str:
+    dtype = next(block.experts.parameters()).dtype
+    if dtype not in _DTYPE_NAMES:
+        raise UserError(
+            f"{block.name}: experts of dtype {dtype} cannot be recorded; load the model with"
+            " --dtype bf16"
+        )
+    return _DTYPE_NAMES[dtype]
+
+
+def _norms(block: MoeBlock) -> list[float]:
+    per_tensor = [
+        torch.linalg.vector_norm(tensor.flatten(1), dim=1, dtype=torch.float64)
+        for _, tensor in _expert_tensors(block)
+    ]
+    norms = torch.linalg.vector_norm(torch.stack(per_tensor), dim=0)
+    return [float(f"{norm:.6g}") for norm in norms.tolist()]
 
 
 def _segments(model: Any, blocks: list[MoeBlock], late_shared: bool) -> tuple[list[int], int]:
@@ -89,7 +132,7 @@ def _segments(model: Any, blocks: list[MoeBlock], late_shared: bool) -> tuple[li
         _bytes(block.block) - _bytes(block.router) - _bytes(block.experts) for block in blocks
     ]
     for block in blocks:
-        layers[block.layer_id] -= _bytes(block.experts)
+        layers[block.layer_id] -= _all_expert_bytes(block)
     segments, begin = [], 0
     for index, block in enumerate(blocks):
         read = sum(layers[begin : block.layer_id + 1])
@@ -99,34 +142,42 @@ def _segments(model: Any, blocks: list[MoeBlock], late_shared: bool) -> tuple[li
         begin = block.layer_id + 1
     table = model.get_input_embeddings()
     head = _bytes(model) - _bytes(table) - sum(layers[:begin])
-    head -= sum(_bytes(block.experts) for block in blocks)
+    head -= sum(map(_all_expert_bytes, blocks))
     if model.get_output_embeddings().weight is table.weight:
         head += _bytes(table)
     return segments, head + (shared[-1] if late_shared else 0)
 
 
 @torch.inference_mode()
-def _probe(model: Any, blocks: list[MoeBlock]) -> tuple[SharedExperts, int]:
-    """Run one token; return where shared experts run, and the KV cache's bytes a token."""
+def _probe(model: Any, blocks: list[MoeBlock]) -> tuple[SharedExperts, int, int]:
+    """Run one token; return where shared experts run, the KV cache's bytes a token, and top-k."""
     order: list[str] = []
-    shared = [m for n, m in blocks[0].block.named_children() if n.startswith("shared_expert")]
-    watched = [("gate", blocks[0].router), *(("shared", module) for module in shared[:1])]
+    shared = shared_module(blocks[0])
+    watched = [("gate", blocks[0].router), *([("shared", shared)] if shared else [])]
     hooks = [
         module.register_forward_hook(lambda *_, event=event: order.append(event))
         for event, module in watched
     ]
-    output = model(torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=True)
+    tap = RoutingTap(model, ())
+    with tap:
+        output = model(torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=True)
+        top_k = tap.top_k()
     for hook in hooks:
         hook.remove()
-    kv_bytes = sum(
-        tensor.numel() * tensor.element_size()
-        for layer in output.past_key_values.layers
-        for tensor in (layer.keys, layer.values)
-    )
+    kv_bytes = _cache_bytes(output.past_key_values)
     if "shared" not in order:
-        return "none", kv_bytes
+        return "none", kv_bytes, top_k
     early = order.index("shared") < order.index("gate")
-    return "before_gate" if early else "after_gate", kv_bytes
+    return "before_gate" if early else "after_gate", kv_bytes, top_k
+
+
+def _cache_bytes(cache: Any) -> int:
+    """Bytes of keys and values; layers that keep a state of fixed size instead have none."""
+    kept = [
+        (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers
+    ]
+    tensors = [tensor for pair in kept for tensor in pair if isinstance(tensor, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _bytes(module: nn.Module) -> int:

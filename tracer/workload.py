@@ -146,7 +146,9 @@ def _distinct_block(
     position = np.broadcast_to(used_at, experts.shape)[experts >= 0]
     by_group = np.lexsort((position, group))
     group, position = group[by_group], position[by_group]
-    edges = np.flatnonzero(np.concatenate(([True], group[1:] != group[:-1])))
+    begins = np.ones(len(group), bool)
+    begins[1:] = group[1:] != group[:-1]
+    edges = np.flatnonzero(begins)
     counts = np.diff(np.concatenate((edges, [len(group)])))
     entry = group[edges]
     used = position[edges + counts - 1] if order == "last-use" else position[edges]

@@ -36,9 +36,19 @@ def main(arguments: list[str]) -> int:
     compared = [each for each in figures if "ratio" in each]
     memory = [each for each in figures if "peak_rss_bytes" in each]
     sweeps = [each for each in figures if "points" in each]
-    for line in [*_table(compared), *map(_memory_line, memory), *map(_sweep_line, sweeps)]:
+    tracing = [each for each in figures if "tracing" in each]
+    traces = [each for each in figures if "trace_tokens" in each]
+    lines = [*_table(compared), *map(_memory_line, memory), *map(_sweep_line, sweeps)]
+    for line in [*lines, *map(_tracing_line, tracing), *map(_trace_line, traces)]:
         print(line)
-    result = {"passed": int(status) == 0, "cases": compared, "memory": memory, "sweeps": sweeps}
+    result = {
+        "passed": int(status) == 0,
+        "cases": compared,
+        "memory": memory,
+        "sweeps": sweeps,
+        "tracing": tracing,
+        "traces": traces,
+    }
     print(json.dumps(result))
     return int(status)
 
@@ -72,6 +82,24 @@ def _memory_line(case: dict[str, Any]) -> str:
 
 def _sweep_line(case: dict[str, Any]) -> str:
     return f"{case['points']} points in {case['jobs']} processes: {case['seconds']:.1f} s"
+
+
+def _tracing_line(case: dict[str, Any]) -> str:
+    low, high = case["overhead_interval_95"]
+    return (
+        f"tracing {case['tracing']}: {case['overhead']:+.1%} a decode step "
+        f"({low:+.1%} to {high:+.1%}, {case['pairs']} pairs of {case['untraced_ms']:.1f} ms)"
+    )
+
+
+def _trace_line(case: dict[str, Any]) -> str:
+    sizes = ", ".join(f"{name} {size:g}" for name, size in case["bytes_per_token"].items())
+    return (
+        f"a trace of {case['trace_tokens']:,} tokens, {case['columns']} columns: "
+        f"{case['written_tokens_per_s']:,} tokens/s written, "
+        f"{case['read_tokens_per_s']:,} tokens/s read; bytes a token: {sizes} "
+        f"(raw ids {case['raw_id_bytes_per_token']})"
+    )
 
 
 if __name__ == "__main__":
