@@ -24,6 +24,7 @@ EXPERT_DTYPE_BITS: dict[str, float] = {
     "fp8": 8,
     "int8": 8,
     "int4": 4.5,  # 4 bits, and a 16-bit scale a group of 32 weights (as GGUF's Q4_0)
+    "int2": 2.5,  # 2 bits, and a 16-bit scale a group of 32 weights
     "mxfp4": 4.25,  # 4 bits, and an 8-bit exponent a block of 32 weights (OCP MX)
 }
 """Bits that one weight of an expert's matrices takes, scales included."""

@@ -189,8 +189,10 @@ class Hardware(_Sourced):
 
     cpu_bytes_per_s: float = Field(ge=1e8, le=5e12)
     """Rate at which the CPU workers stream the weights of one expert that they compute."""
+    cpu_flops_per_s: float = Field(ge=1e9, le=1e15)
+    """Of the CPU workers on one expert with many tokens, dense bf16."""
     cpu_transfer_ns: LatencyNs
-    """Activations to the host and back."""
+    """One token's activations to the host and back."""
     cpu_slowdown: Slowdown
     """While copies run."""
     link_slowdown_cpu: Slowdown

@@ -87,6 +87,8 @@ class DecisionCore:
         self.queue = TransferQueue()
         self.copies: dict[int, Copy] = {}
         self.landed: list[Copy] = []
+        #: token assignments of an event that was routed anew; None: those that the driver gave
+        self.reassigned: dict[int, int] | None = None
         self.pinned: set[int] = set()
         self.guard: list[set[int]] = [set() for _ in range(shape.layers)]
         self.guarded: set[int] = set()
@@ -107,10 +109,13 @@ class DecisionCore:
         #: cache rules are told the recorded events, neither routed anew nor shared with the CPU
         self.as_recorded = not (self._lossy or self._has_cpu)
         self._strict = options.order != "cached-first"
+        #: copies may have stopped half way: those with fewest chunks left go first
+        self._resumes = self._prefetcher is not None and options.chunks > 1 and not self._strict
         self._one_precision = shape.precisions == 1
         self._one_pool = len(plan.capacity) == 1
         self._chunk_bytes = [split_chunks(size, options.chunks) for size in self.memory.bytes_of]
         self._pending: list[list[int]] = []
+        self._unlanded = 0
         self._refused: Collection[int] = _NONE
         self._hits: set[int] | None = None
         self._prefetched: dict[int, int] = {}
@@ -132,6 +137,8 @@ class DecisionCore:
 
     def request_end(self, request: int) -> None:
         """A request's last step is over."""
+        if self._prefetcher is not None:
+            self._prefetcher.on_request_end(request)
 
     def step_begin(self, step: int, phase: str) -> None:
         """A forward step begins. ``phase``: ``prefill`` or ``decode`` (the counters' bucket)."""
@@ -279,6 +286,11 @@ class DecisionCore:
         copy.priority = priority
         self.queue.push_low(copy)
 
+    @property
+    def awaits_copies(self) -> bool:
+        """Whether the event in progress waits for copies, those of its later waves included."""
+        return self._unlanded > 0 or bool(self._pending)
+
     def cancel(self, key: int) -> bool:
         """Take back a queued prefetch none of whose chunks was handed over; False: too late."""
         copy = self.copies.get(key)
@@ -286,6 +298,19 @@ class DecisionCore:
             return False
         self._drop(copy)
         self.tally.prefetch_cancelled += 1
+        return True
+
+    def evict(self, key: int) -> bool:
+        """Throw ``key`` out although nobody needs its slot; False: it is not there or has to stay.
+
+        A prefetch that was set aside half copied may go, one with a chunk in flight has to stay.
+        """
+        half = self.parked.get(key)
+        idle = half is not None and half.sent == half.landed
+        resident = self._state[key] == RESIDENT and key not in self.memory.staged
+        if key in self.pinned or not (resident or idle):
+            return False
+        self._evict(key)
         return True
 
     def promote(self, key: int) -> bool:
@@ -307,6 +332,26 @@ class DecisionCore:
     def resume_low(self) -> None:
         """Undo :meth:`pause_low`."""
         self.queue.paused = False
+
+    def bring_in(self, keys: Keys, source: str) -> None:
+        """Queue LOW copies for the absent ones of ``keys`` that are no guess about the next event.
+
+        No gate cancels them, and they are not counted as predictions.
+        """
+        for key in keys:
+            if self._state[key] == ABSENT or key in self.parked:
+                self._queue_low(key, self.memory.layer_of[key], source, 0.0)
+
+    def reassign(self, tokens: dict[int, int]) -> None:
+        """A lossy miss rule routes the event anew: assignments of the keys that it chose."""
+        self.reassigned = tokens
+
+    def book_gate_mass(self, whole: float, low: float, lost: float) -> None:
+        """What a lossy miss rule makes of an event's gate weight: see :class:`Counters`."""
+        counters = self.counters
+        counters.gate_mass += whole
+        counters.low_mass += low
+        counters.lost_mass += lost
 
     # ------------------------------------------------------------------ the link's side
 
@@ -360,6 +405,7 @@ class DecisionCore:
             tally.copied_bytes += self.memory.bytes_of[key]
             if self.log is not None:
                 self.log.append(("landed", self.step, self.layer, key, copy.source))
+        self._count_unlanded(0)
 
     def chunk_done(self, copy: Copy) -> bool:
         """A chunk has landed. True: it completes an expert that the event in progress awaits."""
@@ -377,8 +423,15 @@ class DecisionCore:
             self.log.append(("landed", self.step, self.layer, key, copy.source))
         if copy.awaited:
             self.landed.append(copy)
+            self._count_unlanded(self._unlanded - 1)
             return True
         return False
+
+    def _count_unlanded(self, copies: int) -> None:
+        """So many copies are still to land for the wave."""
+        self._unlanded = copies
+        if copies == 0 and not self._pending and self._prefetcher is not None:
+            self._prefetcher.on_landed(self.layer)
 
     # ------------------------------------------------------------------ inside an event
 
@@ -430,8 +483,10 @@ class DecisionCore:
             return [list(keys)]
         else:
             state = self._state
-            order = hits + [key for key in keys if state[key] in (QUEUED, COPYING)]
-            order += [key for key in keys if state[key] == ABSENT]
+            coming = [key for key in keys if state[key] in (QUEUED, COPYING)]
+            if self._resumes:
+                coming.sort(key=self._chunks_left)
+            order = hits + coming + [key for key in keys if state[key] == ABSENT]
         waves: list[list[int]] = [[]]
         cached = staged = 0
         for key in order:
@@ -448,25 +503,32 @@ class DecisionCore:
         return waves
 
     def _begin_wave(self, members: list[int], cpu: Keys) -> Wave:
-        """Pin the wave's members and queue demand copies for those that are not there."""
+        """Pin the wave's members and queue demand copies for those that are not there.
+
+        Those with fewest chunks left first, unless the order is strict; ties: in touch order.
+        """
         self.counters.waves += 1
         self.pinned = set(members)
         self.landed.clear()
         state = self._state
-        ready = []
-        waiting = 0
+        ready, missing = [], []
         for key in members:
-            now = state[key]
-            if now == RESIDENT:
-                ready.append(key)
-                continue
-            waiting += 1
-            if now == ABSENT:
+            (ready if state[key] == RESIDENT else missing).append(key)
+        if self._resumes:
+            missing.sort(key=self._chunks_left)
+        for key in missing:
+            if state[key] == ABSENT:
                 self._demand(key)
             else:
                 self._await(self.copies[key])
+        self._count_unlanded(len(missing))
         order = list(members) if self._strict else None
-        return Wave(ready, waiting, cpu, order, not self._pending)
+        return Wave(ready, len(missing), cpu, order, not self._pending)
+
+    def _chunks_left(self, key: int) -> int:
+        """Chunks of an expert that is not resident which are still to be handed over."""
+        copy = self.copies.get(key)
+        return self.options.chunks if copy is None else copy.chunks - copy.sent
 
     def _demand(self, key: int) -> None:
         if self._hits is not None and key in self._hits:
@@ -495,7 +557,9 @@ class DecisionCore:
 
     def _route(self, layer: int, keys: Keys) -> Keys:
         assert self._miss_rule is not None
+        self.reassigned = None
         routed = self._miss_rule.route(self.step, layer, keys)
+        self.counters.asked += len(keys)
         if routed is not keys:
             self.counters.changed += len(set(keys) - set(routed))
         return routed
@@ -517,7 +581,7 @@ class DecisionCore:
         if not self.options.preempt or not self.queue.low:
             return
         for copy in self.queue.low_of(layer):
-            if copy.key in keys:
+            if copy.key in keys or copy.key not in predicted:
                 continue
             tally.prefetch_cancelled += 1
             if copy.sent:
@@ -564,8 +628,8 @@ class DecisionCore:
         """What a prefetch for ``layer`` must not throw out: the wave, and other prefetches."""
         if self._one_pool:
             return self.pinned | self.guarded
-        guard = self.guard[layer]
-        return self.pinned | guard if layer == self.layer else guard
+        guard, pool_of = self.guard[layer], self.plan.pool_of_layer
+        return self.pinned | guard if pool_of[layer] == pool_of[self.layer] else guard
 
     def _make_room(self, key: int, pool: int, units: int, barred: Collection[int]) -> bool:
         """Throw out as many residents as ``key`` needs, and give it the place."""

@@ -48,6 +48,17 @@ class Shape:
         """MoE layer of a key."""
         return key // self.experts % self.layers
 
+    def assignments(self, keys: Keys, counts: Sequence[int]) -> dict[int, int]:
+        """Tokens assigned to each of ``keys``, and as many to its low-bit copy where there is one.
+
+        ``keys`` name the checkpoint's own precision.
+        """
+        tokens = dict(zip(keys, counts, strict=True))
+        if self.precisions > 1:
+            shift = self.layers * self.experts
+            tokens |= {key + shift: count for key, count in tokens.items()}
+        return tokens
+
     def bytes_of(self, key: int) -> int:
         """Bytes of one expert at the key's precision."""
         high = key < self.layers * self.experts
@@ -64,6 +75,8 @@ class CacheRule:
 
     #: refuses admission of some misses; the core then needs staging slots
     may_refuse = False
+    #: how hits grow with slots: by ``reuse`` distance, or by ``popularity`` where nobody moves
+    hit_curve = "reuse"
 
     def bind(self, core: DecisionCore) -> None:
         """Called once, before the first event, with the core's memory in place."""
@@ -107,6 +120,17 @@ class CacheRule:
     def reset(self) -> None:
         """Forget what was learned from earlier requests (option ``reset``); slots are empty now."""
 
+    def worth(self, fit: Recorded, shape: Shape) -> Any:
+        """What 0 to E slots of each layer bring on requests set aside, int [layers, E + 1].
+
+        None: hits, counted as ``hit_curve`` says.
+        """
+        return None
+
+    def facts(self) -> dict[str, Any]:
+        """What the rule chose by itself, for the result; JSON-ready."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -143,8 +167,18 @@ class Prefetcher:
         """A prediction has been computed: queue what it calls for."""
         self.core.prefetch(prediction.layer, prediction.keys, prediction.scores, prediction.source)
 
+    def on_landed(self, layer: int) -> None:
+        """The last copy that the event of ``layer`` waited for has landed.
+
+        Called for events that wait (``core.awaits_copies``), before the link is refilled. A place
+        for :meth:`DecisionCore.resume_low`; new prefetches belong to the other calls.
+        """
+
     def on_step_end(self, step: int) -> None:
         """A step is over."""
+
+    def on_request_end(self, request: int) -> None:
+        """The last step of ``request`` is over."""
 
 
 class MissRule:
@@ -168,6 +202,13 @@ class MissRule:
     def on_misses(self, layer: int, misses: Keys, tokens: Mapping[int, int]) -> Collection[int]:
         """Those of ``misses`` to run on the CPU. ``tokens``: assignments of each key."""
         return ()
+
+    def routed_rows(self) -> tuple[Any, Any] | None:
+        """Ids and weights [rows, k] to compute the event just routed with, for live runs.
+
+        None: the gate's own, as far as their experts are executed.
+        """
+        return None
 
 
 class EventTable(Protocol):
@@ -268,6 +309,16 @@ class Costs(Protocol):
         """The same on the CPU workers, activations over and back included."""
         ...
 
+    @property
+    def cpu_slowdown_ppm(self) -> int:
+        """By how many millionths the CPU workers take longer beside copies."""
+        ...
+
+    @property
+    def link_slowdown_cpu_ppm(self) -> int:
+        """By how many millionths copies take longer beside the CPU workers."""
+        ...
+
 
 @dataclass(frozen=True)
 class PolicyData:
@@ -307,6 +358,10 @@ class Policy:
     scope: str = "layer"
     #: slots given to the cache beyond staging; on-demand has none
     staging_only: bool = False
+    #: what the user should know of this composition, such as an input replaced by a poorer one
+    notes: tuple[str, ...] = ()
+    #: slots of a layer (scope ``layer``) below which it cannot run
+    least_slots: int = 1
 
 
 @dataclass(frozen=True)
@@ -316,7 +371,8 @@ class Options:
     ``order``: execution order inside an event. ``chunks``: pieces an expert is copied in.
     ``staging_slots``: slots for experts refused admission, None: as many as top-k where needed.
     ``preempt``: at a gate, cancel that layer's queued prefetches which turned out wrong.
-    ``reset``: empty the cache at every request.
+    ``reset``: empty the cache at every request. ``slots``: how a budget is spread over layers that
+    have slots of their own (:mod:`policies.slots`).
     """
 
     order: str = "cached-first"
@@ -324,11 +380,17 @@ class Options:
     staging_slots: int | None = None
     preempt: bool = True
     reset: bool = False
+    slots: str = "even"
 
 
 @dataclass
 class Counters:
-    """Counts of one phase and stage; see design's metrics. All integers."""
+    """Counts of one phase and stage; see design's metrics.
+
+    Of lossy policies: ``asked``, experts that the gate asked for; ``changed``, those of them that
+    were replaced or left out; ``gate_mass``, the gates' weight in the unit of the policy's choice,
+    and of it ``low_mass``, computed at low precision, and ``lost_mass``, not computed at all.
+    """
 
     accesses: int = 0
     hits: int = 0
@@ -337,7 +399,11 @@ class Counters:
     misses: int = 0
     hit_bytes: int = 0
     cpu: int = 0
+    asked: int = 0
     changed: int = 0
+    gate_mass: float = 0.0
+    low_mass: float = 0.0
+    lost_mass: float = 0.0
     waves: int = 0
     events: int = 0
 

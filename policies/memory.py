@@ -55,7 +55,9 @@ class ExpertMemory:
 
     @property
     def full(self) -> bool:
-        """Whether no pool has room for another of its experts."""
+        """Whether no pool has room for another of its experts; buffers count as full."""
+        if self.plan.buffers:
+            return True
         smallest = min(self.unit_of)
         return all(free < smallest for free in self.free)
 

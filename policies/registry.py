@@ -22,6 +22,7 @@ from typing import Any
 from policies.core import ORDERS
 from policies.errors import PolicyError
 from policies.interface import Options, Policy, PolicyData
+from policies.slots import SPREADS
 
 Params = Mapping[str, Any]
 Builder = Callable[[Params, PolicyData], Policy]
@@ -96,6 +97,12 @@ COMMON: dict[str, Param] = {
     ),
     "preempt": Param(bool, True, "at a gate, cancel the layer's queued prefetches that were wrong"),
     "reset": Param(bool, False, "empty the cache at every request"),
+    "slots": Param(
+        str,
+        "even",
+        "slots a layer: even, or by what they would have brought on requests set aside",
+        choices=SPREADS,
+    ),
 }
 
 
@@ -108,6 +115,8 @@ class PolicyInfo:
     source: str
     build: Builder = field(repr=False)
     params: Mapping[str, Param] = field(default_factory=dict)
+    #: this policy's own defaults of common options, by name
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     lossless: bool = True
     oracle: bool = False
     time_dependent: bool = False
@@ -117,6 +126,8 @@ class PolicyInfo:
     reads_costs: bool = False
     reads_signals: bool = False
     columns: Callable[[Params], tuple[str, ...]] = lambda params: ()
+    #: dtype of the low-bit copies that mixed precision needs; None: experts have one precision
+    low_dtype: Callable[[Params], str | None] = lambda params: None
 
     @property
     def flags(self) -> str:
@@ -129,10 +140,32 @@ class PolicyInfo:
         words += ["prefetch"] * self.prefetches + ["fitted"] * self.fitted
         return " ".join(words)
 
+    def parts(self, params: Params) -> tuple[PolicyInfo, ...]:
+        """The policy itself and, where its parameter ``cache`` names one, the rule beneath."""
+        beneath = params.get("cache")
+        return (self,) if beneath is None else (self, get(beneath))
+
+    def all_columns(self, params: Params) -> tuple[str, ...]:
+        """Columns that the policy and the cache rule beneath read; own parameters, parsed."""
+        own = self.columns(params)
+        others = [
+            part.columns({name: param.default for name, param in part.params.items()})
+            for part in self.parts(params)[1:]
+        ]
+        return tuple(dict.fromkeys(sum(others, own)))
+
+    def learns(self, options: Options) -> bool:
+        """Whether requests must be set aside: for the policy, or for its slots a layer."""
+        return self.fitted or options.slots != "even"
+
+    def asks_signals(self, params: Params) -> bool:
+        """Whether the policy or the cache rule beneath reads signals."""
+        return any(part.reads_signals for part in self.parts(params))
+
     def parse(self, given: Mapping[str, object]) -> tuple[dict[str, Any], Options]:
         """Own parameters (defaults filled in) and the common options among ``given``."""
         known = {**COMMON, **self.params}
-        defaults = {name: param.default for name, param in known.items()}
+        defaults = {name: param.default for name, param in known.items()} | dict(self.defaults)
         values = self.parse_given({**defaults, **given})
         staging = values["staging_slots"]
         options = Options(
@@ -141,6 +174,7 @@ class PolicyInfo:
             staging_slots=None if staging < 0 else staging,
             preempt=values["preempt"],
             reset=values["reset"],
+            slots=values["slots"],
         )
         return {name: values[name] for name in self.params}, options
 
@@ -165,6 +199,9 @@ def register(name: str, **traits: Any) -> Callable[[Builder], Builder]:
     def decorate(build: Builder) -> Builder:
         if name in _REGISTRY:
             raise RuntimeError(f"policy {name} is registered twice")
+        for option in traits.get("defaults", {}):
+            if option not in COMMON:
+                raise RuntimeError(f"policy {name}: {option} is no common option")
         _REGISTRY[name] = PolicyInfo(name=name, build=build, **traits)
         return build
 

@@ -19,6 +19,7 @@ class Static(CacheRule):
     """Nobody leaves, nobody enters."""
 
     may_refuse = True
+    hit_curve = "popularity"
 
     def __init__(self, popularity: list[list[int]]) -> None:
         self._popularity = popularity

@@ -45,6 +45,8 @@ def policies_command() -> None:
         print(f"{name:16} {info.summary} [{info.flags}] ({info.source})")
         for parameter, traits in info.params.items():
             print(f"{'':16}   {parameter}={traits.default}  {traits.help}")
+        for option, value in info.defaults.items():
+            print(f"{'':16}   {option}={value}  its own default of this option")
     from policies.registry import COMMON
 
     print("\nOptions of any policy (--set):")

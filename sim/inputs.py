@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,6 +38,11 @@ class TraceSource(Protocol):
     ) -> dict[str, npt.NDArray[Any]]: ...
 
 
+def learned_among(columns: Iterable[str]) -> tuple[str, ...]:
+    """Those of ``columns`` that hold a trained predictor's predictions."""
+    return tuple(name for name in columns if name.startswith("learned_"))
+
+
 def set_aside(requests: Sequence[int], share: float) -> list[int]:
     """The requests that fitted policies learn from: a ``share``, at least one, evenly spread.
 
@@ -54,7 +59,11 @@ class Inputs:
     """The judged events of a trace and what policies may learn or foresee, computed on demand.
 
     ``max_tokens``: the first rows only. ``fit_share``: share of the requests set aside for fitted
-    policies; the others are judged.
+    policies; the others are judged. ``learned``: learned columns that policies read; the requests
+    that trained their predictors are set aside in place of that share, where there are any.
+
+    ``fitted_on`` and ``judged`` are the two sides, ``set_aside_for`` says why they were parted
+    (None: they were not), ``notes`` what a user should be told of it.
     """
 
     def __init__(
@@ -63,6 +72,7 @@ class Inputs:
         *,
         max_tokens: int | None = None,
         fit_share: float = 0.0,
+        learned: Sequence[str] = (),
     ) -> None:
         if max_tokens is not None and max_tokens < 1:
             raise UserError(f"--max-tokens {max_tokens}: give at least 1")
@@ -74,13 +84,14 @@ class Inputs:
         self.manifest = trace.manifest
         self._columns = dict(trace.load(list(BASE_COLUMNS), 0, max_tokens))
         present = list(dict.fromkeys(self._columns["request"].tolist()))
-        self.fitted_on = set_aside(present, fit_share)
-        if fit_share > 0 and not 0 < len(self.fitted_on) < len(present):
-            raise UserError(
-                f"{len(present)} request(s) cannot be split into a fitted and a judged part with a "
-                f"share of {fit_share:g}: use a longer trace, a larger --max-tokens, or policies "
-                "that need no fitting"
-            )
+        trained = set().union(*(self._trained_on(name) for name in learned))
+        self.fitted_on = [request for request in present if request in trained]
+        self.set_aside_for: str | None = None
+        self.notes: tuple[str, ...] = ()
+        if self.fitted_on:
+            self._part_from_trained(", ".join(learned), len(present))
+        else:
+            self._part_for_fitting(present)
         fitted = set(self.fitted_on)
         self.judged = [request for request in present if request not in fitted]
         self._workloads: dict[str, Workload] = {}
@@ -88,6 +99,62 @@ class Inputs:
         self._lookahead: dict[tuple[str, int, str], Ragged] = {}
         self._popularity: Any = None
         self._fit: FitRows | None = None
+
+    def _part_from_trained(self, columns: str, present: int) -> None:
+        """Say who was set aside for having trained ``columns``; somebody must be left to judge."""
+        trained = len(self.fitted_on)
+        if trained == present:
+            raise UserError(
+                f"all {present} requests read trained the predictor of {columns}, so none is left "
+                "to judge it on: hold some out when training (`moesim train-predictor "
+                "--test-share 0.3`), read more of the trace (--max-tokens), or judge on another "
+                "trace (`moesim apply-predictor --trace OTHER --weights FILE`)"
+            )
+        self.set_aside_for = f"they trained {columns}"
+        self.notes = (
+            f"{trained} of {present} requests trained {columns}: they are set aside, and the other "
+            f"{present - trained} are judged",
+        )
+
+    def _part_for_fitting(self, present: list[int]) -> None:
+        """Set the share aside that fitted policies learn from."""
+        self.fitted_on = set_aside(present, self.fit_share)
+        if self.fit_share <= 0:
+            return
+        self.set_aside_for = f"fit share {self.fit_share:g}"
+        if not 0 < len(self.fitted_on) < len(present):
+            raise UserError(
+                f"{len(present)} request(s) cannot be split into a fitted and a judged part with a "
+                f"share of {self.fit_share:g}: use a longer trace, a larger --max-tokens, or "
+                "policies that need no fitting"
+            )
+
+    def _trained_on(self, column: str) -> set[int]:
+        """Requests that trained the predictor behind ``column``.
+
+        None where the trace lacks the column: the policy that wants it says so. UserError where
+        the trace does not say who trained it.
+        """
+        predictor = self.manifest.predictor_of(column)
+        if predictor is not None:
+            return set(predictor.trained_requests)
+        if column not in self.manifest.columns:
+            return set()
+        raise UserError(
+            f"column {column}: the trace's manifest.json does not say which requests trained its "
+            "predictor (predictors), so nobody can be judged with it; make the column with `moesim "
+            "train-predictor` or `moesim apply-predictor`, which keep that"
+        )
+
+    def refuse_trained(self, columns: Iterable[str]) -> None:
+        """Raise UserError if a judged request trained the predictor of a column to be read."""
+        for name in columns:
+            seen = len(self._trained_on(name).intersection(self.judged))
+            if seen:
+                raise UserError(
+                    f"{seen} of the judged requests trained the predictor of {name}: set them "
+                    f"aside with Inputs(..., learned=[{name!r}])"
+                )
 
     @property
     def num_experts(self) -> int:

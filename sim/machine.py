@@ -164,8 +164,10 @@ class Machine:
                 core.experts_done(previous)
             previous = layer
             self.clock = now
-            tokens = dict(zip(keys, counts[layer], strict=True)) if counts else None
+            tokens = core.shape.assignments(keys, counts[layer]) if counts else None
             wave = core.gate(layer, keys, tokens)
+            if core.reassigned is not None:
+                tokens = core.reassigned
             if predicting:
                 for prediction in core.predictions(layer, keys):
                     self._announce(prediction, now)
@@ -203,6 +205,8 @@ class Machine:
         queue = self._queue
         if self.link.current is not None or self._coming or queue.low or wave.cpu:
             return 0
+        if len(queue.high) != wave.waiting:
+            return 0  # promoted prefetches that this wave does not wait for
         now += self.timing.host.decision_ns
         if not wave.waiting:
             return self._launch(layer, wave.ready, tokens, now) if wave.ready else now

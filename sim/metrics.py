@@ -103,6 +103,25 @@ def _counts(counters: Counters) -> dict[str, Any]:
     }
 
 
+def quality(tally: Tally, phase: str) -> dict[str, float | None]:
+    """What a lossy policy changed: shares of experts and of gate weight; None for lossless ones.
+
+    Estimated from the recorded routing: what it does to the model's output is not known here.
+    """
+    mine = [counters for (own, _), counters in tally.buckets.items() if own == phase]
+    asked = sum(counters.asked for counters in mine)
+    mass = sum(counters.gate_mass for counters in mine)
+    changed = sum(counters.changed for counters in mine)
+    low = sum(counters.low_mass for counters in mine)
+    lost = sum(counters.lost_mass for counters in mine)
+    return {
+        "changed_share": changed / asked if asked else None,
+        "low_mass_share": low / mass if mass else None,
+        "lost_mass_share": lost / mass if mass else None,
+        "retained_mass_share": 1 - lost / mass if mass else None,
+    }
+
+
 def breakdown_ms(workload: Workload, times: StepTimes) -> dict[str, float | None]:
     """Mean time of a decode step by where it went; the parts sum to the step."""
     decode = np.array([step.prefill_tokens == 0 for step in workload.steps()])
@@ -152,6 +171,7 @@ def collect(work: Workload, times: StepTimes, tally: Tally, link_busy_ns: int) -
         "collision_misses": tally.collision_misses,
         "warm_bytes": tally.warm_bytes,
         "prefetch": transfers(tally),
+        "quality": {phase: quality(tally, phase) for phase in ("decode", "prefill")},
         "breakdown_ms": breakdown_ms(work, times),
         "link_busy_share": link_busy_ns / span_ns,
         "duration_ms": span_ns / _NS_PER_MS,

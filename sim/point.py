@@ -17,13 +17,14 @@ from configs.errors import UserError
 from configs.geometry import EXPERT_DTYPE_BITS, Geometry, load_geometry
 from configs.hardware import Hardware, load_hardware
 from configs.units import format_bytes, parse_rate
-from policies.capacity import MemoryPlan, plan_memory
+from policies.capacity import MemoryPlan
 from policies.core import DecisionCore
 from policies.errors import BudgetTooSmall
-from policies.interface import Options, Policy, PolicyData, Shape
+from policies.interface import Options, Policy, PolicyData, Recorded, Shape
 from policies.registry import PolicyInfo
+from policies.slots import plan_policy
 from sim.budget import MemoryBudget, describe, resolve
-from sim.inputs import Inputs
+from sim.inputs import Inputs, learned_among
 from sim.machine import Machine
 from sim.metrics import collect
 from sim.tape import Tape, can_record, play, record
@@ -40,7 +41,8 @@ class Point(BaseModel):
     alone, ``4000MiB``, ``25%`` or ``8/layer``. ``link``: another link rate (``25GB/s``).
     ``geometry``: a model of ``configs/models`` to time instead of the trace's own. ``window``:
     chunks handed to the hardware at a time. ``fit_share``: share of the requests that fitted
-    policies learn from (None: 0.3 for them, 0 for others).
+    policies learn from (None: 0.3 for them, 0 for others). ``learned``: learned columns whose
+    training requests are set aside instead, beside those that the policy itself reads.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,6 +59,7 @@ class Point(BaseModel):
     touch_order: str = "last-use"
     max_tokens: int | None = None
     fit_share: float | None = None
+    learned: tuple[str, ...] = ()
     seed: int = Field(default=0, ge=0, le=2**62)
 
     @property
@@ -69,11 +72,14 @@ class Point(BaseModel):
 
 
 def inputs_for(trace: Any, point: Point) -> Inputs:
-    """Inputs of a single point: requests are set aside only if its policy is fitted."""
+    """Inputs of a single point: requests are set aside only if it learns from them."""
+    info = policies.get(point.policy)
+    params, options = info.parse(point.params)
     share = point.fit_share
     if share is None:
-        share = DEFAULT_FIT_SHARE if policies.get(point.policy).fitted else 0.0
-    return Inputs(trace, max_tokens=point.max_tokens, fit_share=share)
+        share = DEFAULT_FIT_SHARE if info.learns(options) else 0.0
+    learned = dict.fromkeys((*point.learned, *learned_among(info.all_columns(params))))
+    return Inputs(trace, max_tokens=point.max_tokens, fit_share=share, learned=tuple(learned))
 
 
 #: What decisions of time-independent policies do not depend on.
@@ -124,6 +130,7 @@ class PointRunner:
         inputs = self.inputs
         info = policies.get(point.policy)
         params, options = info.parse(point.params)
+        inputs.refuse_trained(learned_among(info.all_columns(params)))
         geometry = timed_geometry(inputs, point)
         hardware = timed_hardware(point)
         workload = inputs.workload(point.touch_order)
@@ -133,13 +140,15 @@ class PointRunner:
             experts=geometry.num_experts,
             top_k=geometry.top_k,
             bytes_by_layer=geometry.expert_bytes_by_layer,
+            low_bytes_by_layer=_low_bytes(geometry, point.policy, info.low_dtype(params)),
         )
         timing = RooflineTiming(geometry, hardware)
         known = self._known
         if known is None or known.decisions != decisions_of(point):
             data = _policy_data(info, params, inputs, point, shape, timing)
             policy = info.build(params, data)
-            plan = _plan(shape, policy, options, memory, point)
+            fit = inputs.fit() if info.learns(options) else None
+            plan = _plan(shape, policy, options, memory, point, fit)
             core = DecisionCore(shape, plan, policy, options, signals=data.signals)
             known = _Known(decisions_of(point), plan, core)
         self._known = None  # should the run break off, nothing half done is left for the next
@@ -149,6 +158,8 @@ class PointRunner:
         return {
             **_configuration(point, params, geometry, hardware, memory, known.plan),
             **measured,
+            "chosen": known.core.policy.cache.facts(),
+            "notes": [*inputs.notes, *known.core.policy.notes],
             "trace": _trace_facts(inputs),
             "timing": timing.provenance,
             "produced_by": produced_by(),
@@ -210,9 +221,26 @@ def _at_dtype(geometry: Geometry, dtype: str) -> Geometry:
             f"--dtype {dtype}: the experts of {geometry.name} differ in size by layer, as its file "
             "gave them; leave --dtype out"
         )
-    size = -(-int(geometry.expert_params * EXPERT_DTYPE_BITS[dtype] * 4) // 32)
-    sizes = (size,) * geometry.num_moe_layers
+    sizes = (_bytes_at(geometry, dtype),) * geometry.num_moe_layers
     return geometry.model_copy(update={"expert_dtype": dtype, "expert_bytes_by_layer": sizes})
+
+
+def _bytes_at(geometry: Geometry, dtype: str) -> int:
+    return -(-int(geometry.expert_params * EXPERT_DTYPE_BITS[dtype] * 4) // 32)
+
+
+def _low_bytes(geometry: Geometry, policy: str, dtype: str | None) -> tuple[int, ...]:
+    """Bytes of an expert's low-bit copy in each layer; none where the policy has no such copies."""
+    if dtype is None:
+        return ()
+    low, smallest = _bytes_at(geometry, dtype), min(geometry.expert_bytes_by_layer)
+    if low >= smallest:
+        raise UserError(
+            f"{policy}: a {dtype} copy of {geometry.name}'s experts has {low} bytes, no fewer than "
+            f"the {smallest} of its own {geometry.expert_dtype}: choose a smaller low_dtype, or "
+            "time the model at a larger --dtype"
+        )
+    return (low,) * geometry.num_moe_layers
 
 
 def timed_hardware(point: Point) -> Hardware:
@@ -258,7 +286,7 @@ def _policy_data(
         columns=frozenset(inputs.trace.columns()),
         popularity=inputs.popularity() if info.fitted else None,
         fit=inputs.fit() if info.fitted else None,
-        signals=inputs.signals(touch) if info.reads_signals else None,
+        signals=inputs.signals(touch) if info.asks_signals(params) else None,
         costs=timing if info.reads_costs else None,
         expert_norms=inputs.manifest.expert_norms,
         seed=point.seed,
@@ -267,16 +295,15 @@ def _policy_data(
 
 
 def _plan(
-    shape: Shape, policy: Policy, options: Options, memory: MemoryBudget, point: Point
+    shape: Shape,
+    policy: Policy,
+    options: Options,
+    memory: MemoryBudget,
+    point: Point,
+    fit: Recorded | None,
 ) -> MemoryPlan:
     try:
-        return plan_memory(
-            shape,
-            policy.scope,
-            memory.expert_bytes,
-            staging_slots=options.staging_slots,
-            needs_staging=policy.cache.may_refuse,
-        )
+        return plan_policy(shape, policy, options, memory.expert_bytes, fit)
     except BudgetTooSmall as error:
         if point.budget is None:
             raise
@@ -314,6 +341,7 @@ def _configuration(
             "workspace_bytes": memory.workspace_bytes,
             "slots_bytes": plan.used_bytes,
             "slots": slots,
+            "slots_by_layer": list(plan.capacity) if _is_uneven(plan) else None,
             "staging_slots": plan.staging_slots,
             "peak_bytes": memory.fixed_bytes + plan.used_bytes,
             "expert_bytes_total": geometry.expert_bytes_total,
@@ -323,12 +351,17 @@ def _configuration(
     }
 
 
+def _is_uneven(plan: MemoryPlan) -> bool:
+    return not plan.by_bytes and len(set(plan.capacity)) > 1
+
+
 def _trace_facts(inputs: Inputs) -> dict[str, Any]:
     return {
         "model": inputs.manifest.model_id,
         "digest": inputs.trace.digest,
         "judged_requests": len(inputs.judged),
         "fitted_requests": len(inputs.fitted_on),
+        "set_aside_for": inputs.set_aside_for,
     }
 
 

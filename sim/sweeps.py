@@ -37,7 +37,7 @@ from configs.hardware import load_hardware
 from configs.load import find, parse_json, read_yaml
 from configs.units import parse_bytes, parse_expert_budget, parse_rate
 from policies.errors import PolicyError
-from sim.inputs import BASE_COLUMNS, Inputs, TraceSource
+from sim.inputs import BASE_COLUMNS, Inputs, TraceSource, learned_among
 from sim.point import (
     DEFAULT_FIT_SHARE,
     Point,
@@ -83,8 +83,9 @@ class SweepConfig(BaseModel):
     """What to sweep. Lists multiply; ``links`` empty means each hardware's own link.
 
     One of ``budgets`` (whole model, ``8GiB``) and ``expert_budgets`` (slots, ``25%``) is given.
-    Every policy is judged on the same requests: if any of them is fitted, ``fit_share`` of the
-    requests (0.3 if not given) is set aside for all.
+    Every policy is judged on the same requests: if any of them is fitted, or its slots a layer are,
+    ``fit_share`` of the requests (0.3 if not given) is set aside for all. If any of them reads a
+    learned column, the requests that trained its predictor are set aside for all instead.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -121,8 +122,12 @@ class SweepConfig(BaseModel):
         """Share of the requests set aside for fitted policies."""
         if self.fit_share is not None:
             return self.fit_share
-        fitted = any(policies.get(choice.name).fitted for choice in self.policies)
-        return DEFAULT_FIT_SHARE if fitted else 0.0
+        return DEFAULT_FIT_SHARE if any(map(_learns, self.policies)) else 0.0
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """Learned columns that any policy reads, sorted."""
+        return tuple(sorted({name for choice in self.policies for name in _learned(choice)}))
 
     def check(self) -> None:
         """Raise for what would fail every point of a kind: names, parameters, units."""
@@ -152,6 +157,7 @@ class SweepConfig(BaseModel):
         """
         seen: dict[str, Point] = {}
         systems = list(product(self.hardware, self.links or (None,)))
+        fit_share, learned = self.judged_fit_share, self.learned
         for (hardware, link), choice in product(systems, self.policies):
             for budget, expert_budget in self._budgets(choice):
                 point = Point(
@@ -166,7 +172,8 @@ class SweepConfig(BaseModel):
                     window=self.window,
                     touch_order=self.touch_order,
                     max_tokens=self.max_tokens,
-                    fit_share=self.judged_fit_share,
+                    fit_share=fit_share,
+                    learned=learned,
                     seed=self.seed,
                 )
                 seen.setdefault(point_id(point), point)
@@ -178,6 +185,16 @@ class SweepConfig(BaseModel):
         if self.budgets:
             return [(budget, None) for budget in self.budgets]
         return [(None, budget) for budget in self.expert_budgets]
+
+
+def _learns(choice: PolicyChoice) -> bool:
+    info = policies.get(choice.name)
+    return info.learns(info.parse(choice.set)[1])
+
+
+def _learned(choice: PolicyChoice) -> tuple[str, ...]:
+    info = policies.get(choice.name)
+    return learned_among(info.all_columns(info.parse(choice.set)[0]))
 
 
 def load_config(name_or_path: str | Path) -> SweepConfig:
@@ -326,10 +343,10 @@ class _Shared:
 
     def __init__(self, make: Callable[[Point], Inputs]) -> None:
         self._make = make
-        self._known: dict[tuple[int | None, float | None], Inputs] = {}
+        self._known: dict[tuple[int | None, float | None, tuple[str, ...]], Inputs] = {}
 
     def get(self, point: Point) -> Inputs:
-        key = (point.max_tokens, point.fit_share)
+        key = (point.max_tokens, point.fit_share, point.learned)
         if key not in self._known:
             self._known[key] = self._make(point)
         return self._known[key]
@@ -337,7 +354,12 @@ class _Shared:
 
 def _shared_inputs(trace: TraceSource) -> _Shared:
     return _Shared(
-        lambda point: Inputs(trace, max_tokens=point.max_tokens, fit_share=point.fit_share or 0.0)
+        lambda point: Inputs(
+            trace,
+            max_tokens=point.max_tokens,
+            fit_share=point.fit_share or 0.0,
+            learned=point.learned,
+        )
     )
 
 
@@ -375,7 +397,7 @@ def _needed_columns(point: Point) -> tuple[str, ...]:
         params, _ = info.parse(point.params)
     except PolicyError:
         return ()  # the point fails by itself, with this error in its row
-    return info.columns(params)
+    return info.all_columns(params)
 
 
 def _run_row(runner: PointRunner, point: Point) -> dict[str, Any]:
@@ -391,7 +413,7 @@ def _run_row(runner: PointRunner, point: Point) -> dict[str, Any]:
         "lossless": info.lossless,
         "prefetches": info.prefetches,
         "time_dependent": info.time_dependent or info.prefetches,
-        "fitted": info.fitted,
+        "fitted": info.fitted or point.params.get("slots", "even") != "even",
         **{f"point.{name}": _cell(value) for name, value in point.model_dump().items()},
         "trace.digest": runner.inputs.trace.digest,
         **{f"produced_by.{name}": value for name, value in produced_by().items()},

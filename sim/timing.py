@@ -13,6 +13,7 @@ from configs.geometry import Geometry
 from configs.hardware import Hardware
 
 _PPM = 1_000_000
+_ACTIVATION_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -149,10 +150,19 @@ class RooflineTiming(Timing):
         return self._roofline(nbytes, nbytes * requests, self._hardware.head_floor_ns)
 
     def cpu_experts_ns(self, layer: int, experts: int, assignments: int) -> int:
-        """Weights streamed at the CPU's rate, once an expert."""
-        nbytes = experts * self._geometry.expert_bytes_by_layer[layer]
-        streaming = -(-nbytes * 1_000_000_000 // int(self._hardware.cpu_bytes_per_s))
-        return streaming + self._hardware.cpu_transfer_ns
+        """Weights are streamed once an expert or computed with, whichever takes longer.
+
+        One token's activations there and back are in the hardware's figure; each assignment more
+        costs its bytes on the link, twice.
+        """
+        geometry, hardware = self._geometry, self._hardware
+        nbytes = experts * geometry.expert_bytes_by_layer[layer]
+        streaming = -(-nbytes * 1_000_000_000 // int(hardware.cpu_bytes_per_s))
+        flops = 2 * geometry.expert_params * assignments
+        computing = -(-flops * 1_000_000_000 // int(hardware.cpu_flops_per_s))
+        moved = 2 * _ACTIVATION_BYTES * geometry.hidden_size * (assignments - 1)
+        transfer = hardware.cpu_transfer_ns + self.link.transfer_ns(moved)
+        return max(streaming, computing) + transfer
 
     def combine_ns(self) -> int:
         """One small kernel."""

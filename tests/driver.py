@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 import policies
-from policies.capacity import MemoryPlan, plan_memory
+from policies.capacity import MemoryPlan
 from policies.core import DecisionCore, Wave
 from policies.interface import Costs, EventTable, PolicyData, Prediction, Shape
 from policies.memory import RESIDENT
+from policies.slots import plan_policy
 from policies.transfers import Copy
 from tracer.workload import Ragged, first_use, next_use
 
@@ -199,6 +200,7 @@ def _run(
         _begin_requests(core, requests, step)
         link.look()
         core.step_begin(step, "decode")
+        link.look()
         for prediction in core.predictions_at_step():
             link.announce(prediction)
         link.between()
@@ -375,13 +377,7 @@ def make_core(
         if budget is None:
             assert slots is not None, "give slots, budget or plan"
             budget = slots * max(data.shape.bytes_by_layer)
-        plan = plan_memory(
-            data.shape,
-            policy.scope,
-            budget,
-            staging_slots=options.staging_slots,
-            needs_staging=policy.cache.may_refuse,
-        )
+        plan = plan_policy(data.shape, policy, options, budget, data.fit)
     return DecisionCore(data.shape, plan, policy, options, signals=data.signals, log=log)
 
 

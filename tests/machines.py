@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 
 import policies
-from policies.capacity import plan_memory
+from policies.capacity import plan_memory, smallest_budget
 from policies.core import DecisionCore
-from policies.interface import PolicyData, Shape
+from policies.interface import Shape
 from policies.memory import RESIDENT
 from sim.machine import Machine
 from sim.timing import HostCosts, LinkCosts, Timing
-from tracer.workload import Workload, first_use, next_use, popularity
+from tests.given import shape_for
+from tests.made_up import all_data
+from tracer.workload import Workload
 
 NO_HOST = HostCosts(0, 0, 0, 0, 0, 0)
 
@@ -145,25 +147,19 @@ def make_machine(
     expert_bytes: int = 1000,
     window: int = 2,
     checked: bool = True,
-    lookahead: dict[str, Any] | None = None,
     **params: object,
 ) -> Any:
-    """A machine for ``slots`` slots a layer."""
+    """A machine for ``slots`` slots a layer, or the fewest that can stream whole layers."""
     layers, experts = workload.num_layers, workload.num_experts
-    shape = Shape(layers, experts, workload.top_k, (expert_bytes,) * layers)
+    shape = shape_for(policy, Shape(layers, experts, workload.top_k, (expert_bytes,) * layers))
     info = policies.get(policy)
     values, options = info.parse(params)
-    data = PolicyData(
-        shape,
-        lookahead=(lambda name, width: (lookahead or {})[name]),
-        columns=frozenset(lookahead or {}),
-        popularity=popularity(workload),
-        events=workload.events if info.oracle else None,
-        next_use=next_use(workload.events) if info.oracle else None,
-        first_use=first_use(workload.events, shape.keys) if info.oracle else None,
-    )
+    others = random_workload(17, layers=layers, experts=experts, top_k=workload.top_k, prompt=3)
+    data = all_data(workload, others, shape, oracle=info.oracle, costs=timing)
     built = info.build(values, data)
     budget = int((experts if info.needs_all else slots) * layers * expert_bytes)
+    if built.scope == "whole-layers":
+        budget = max(budget, smallest_budget(shape, built.scope, 0))
     plan = plan_memory(
         shape,
         built.scope,
@@ -171,7 +167,7 @@ def make_machine(
         staging_slots=options.staging_slots,
         needs_staging=built.cache.may_refuse,
     )
-    core = DecisionCore(shape, plan, built, options, log=[])
+    core = DecisionCore(shape, plan, built, options, signals=data.signals, log=[])
     make = CheckedMachine if checked else Machine
     return make(workload, core, timing, window=window)
 

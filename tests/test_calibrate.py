@@ -113,6 +113,7 @@ class FakeRig:
     gpu_slowdown = 0.2
     link_slowdown_gpu = 0.1
     cpu_bytes_per_s = 30e9
+    cpu_flops_per_s = 4e11
     cpu_slowdown = 0.25
     link_slowdown_cpu = 0.05
     pin_bytes_per_s = 3e9
@@ -208,7 +209,7 @@ class FakeRig:
             each.at += slowdown * min(left, duration / (1 + slowdown))
 
     def on_host(self, work):
-        time = work.nbytes * 1e9 / self.cpu_bytes_per_s
+        time = max(work.nbytes / self.cpu_bytes_per_s, work.flops / self.cpu_flops_per_s) * 1e9
         if self.link.at > self.now:
             time *= 1 + self.cpu_slowdown
         self._delay_copies(self.now, time, self.link_slowdown_cpu)
@@ -369,6 +370,7 @@ def test_every_field_but_a_models_is_measured(readings):
         ("experts_slowdown", FakeRig.gpu_slowdown, 0.001),
         ("link_slowdown_gpu", FakeRig.link_slowdown_gpu, 0.1),
         ("cpu_bytes_per_s", FakeRig.cpu_bytes_per_s, 0.001),
+        ("cpu_flops_per_s", FakeRig.cpu_flops_per_s, 0.001),
         ("cpu_slowdown", FakeRig.cpu_slowdown, 0.01),
         ("link_slowdown_cpu", FakeRig.link_slowdown_cpu, 0.1),
         ("pin_touched_bytes_per_s", FakeRig.pin_bytes_per_s, 0.01),

@@ -268,7 +268,7 @@ def test_links_are_achievable_not_nominal(name, nominal_gb_per_s):
 
 def test_the_h200s_copies_are_the_measured_ones():
     machine = load_hardware("h200-pcie5")
-    assert machine.calibrated is True
+    assert machine.provenance["link_bytes_per_s"].source.startswith("measured: ")
     # Alone, a part of the hand-over runs beside the copy, hence the wider margin.
     for kind, overhead_ns, margin in (
         ("pinned_h2d", machine.link_startup_ns + machine.copy_issue_ns, 0.1),

@@ -30,11 +30,15 @@ from tests.driver import (
     shape_of,
     total,
 )
+from tests.given import LOSSY, ON_CPU, shape_for
+from tests.machines import FlatTiming
+from tests.made_up import fit_of, signals_of
 
 NAMES = policies.names()
 PREFETCHERS = [name for name in NAMES if policies.get(name).prefetches]
 EXACT = [name for name in NAMES if name not in PREFETCHERS]
 CAUSAL = [name for name in NAMES if not policies.get(name).oracle]
+CACHELESS = ["layer-stream", "on-demand", "pregated"]
 PER_LAYER = ["belady", "lfru", "lfu", "lfu-decay", "lru", "slru"]
 
 QUICK = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -61,6 +65,9 @@ class Case:
             self.steps,
             lookahead=self.lookahead,
             popularity=self.popularity,
+            signals=signals_of(self.shape, self.steps, self.seed),
+            fit=fit_of(self.shape, self.seed),
+            costs=FlatTiming(),
             seed=self.seed,
         )
         return make_core(self.name, data, budget=self.budget, log=log, **self.given)
@@ -116,8 +123,8 @@ def draw_case(name: str, seed: int, *, one_size: bool = False, largest: int | No
     rng = random.Random(seed)
     layers, experts = rng.randint(2, 3), rng.randint(2, 8)
     sizes = tuple(12 if one_size else rng.choice([12, 24, 36]) for _ in range(layers))
-    shape = shape_of(layers, experts, 2, sizes)
-    scope = _scope(name)
+    shape = shape_for(name, shape_of(layers, experts, 2, sizes))
+    scope = _scope(name, shape)
     least = smallest_budget(shape, scope, 0 if scope == "staging" else 1)
     everything = sum(sizes) * experts
     return Case(
@@ -135,10 +142,19 @@ def draw_case(name: str, seed: int, *, one_size: bool = False, largest: int | No
     )
 
 
-def _scope(name: str) -> str:
-    if name == "on-demand":
-        return "staging"
-    return "global" if name in ("lru-global", "belady-global", "least-stale") else "layer"
+def _scope(name: str, shape: Shape) -> str:
+    """Scope of a policy at its defaults, which needs no less than its other scopes."""
+    data = policy_data(
+        shape,
+        [],
+        lookahead={f"lookahead_{distance}": [] for distance in (1, 2)},
+        popularity=[[1] * shape.experts] * shape.layers,
+        signals=signals_of(shape, [[[0]]]),
+        fit=fit_of(shape),
+        costs=FlatTiming(),
+    )
+    info = policies.get(name)
+    return info.build(info.parse({})[0], data).scope
 
 
 def _draw_options(name: str, rng: random.Random, layers: int) -> dict[str, Any]:
@@ -148,8 +164,10 @@ def _draw_options(name: str, rng: random.Random, layers: int) -> dict[str, Any]:
         "preempt": rng.random() < 0.7,
         "reset": rng.random() < 0.3,
     }
-    if name in PREFETCHERS:
-        given["cache"] = rng.choice(policies.get(name).params["cache"].allowed)
+    params = policies.get(name).params
+    if "cache" in params:
+        given["cache"] = rng.choice(params["cache"].allowed)
+    if "depth" in params:
         given["depth"] = rng.randint(1, layers - 1)
     if name in ("oracle-prefetch", "accuracy-q"):
         given["wrap"] = rng.random() < 0.5
@@ -213,12 +231,18 @@ def test_counts_and_bytes_add_up(name, run, seed):
     run(case, core)
     tally = core.tally
     needed = sum(len(keys) for step in case.steps for keys in step)
-    assert total(core, "accesses") == needed
+    assert total(core, "asked" if name in LOSSY else "accesses") == needed
     for bucket in tally.buckets.values():
         assert bucket.accesses == bucket.hits + bucket.late + bucket.misses
-        assert bucket.cpu == bucket.changed == 0
+        assert bucket.cpu <= (bucket.misses if name in ON_CPU else 0)
+        if name in LOSSY:
+            assert bucket.asked - bucket.accesses <= bucket.changed <= bucket.asked
+            assert bucket.low_mass + bucket.lost_mass <= bucket.gate_mass
+            continue
+        assert bucket.asked == bucket.changed == bucket.gate_mass == 0
         assert bucket.hit_bytes == 12 * bucket.hits
-    assert tally.copied_bytes == tally.chunks * 12 // core.options.chunks
+    if core.shape.precisions == 1:
+        assert tally.copied_bytes == tally.chunks * 12 // core.options.chunks
     kinds = Counter(entry[0] for entry in log)
     assert kinds["landed"] == tally.copies
     assert kinds["evict"] + kinds["adopt"] == tally.evictions
@@ -267,14 +291,24 @@ def unused_prefetches(log: Log) -> int:
 def test_every_expert_is_executed_once_for_its_event(name, run, seed):
     case = draw_case(name, seed)
     executed: dict[tuple[int, int], list[int]] = {}
+    own = case.shape.layers * case.shape.experts
     for launch in run(case, case.core()):
-        executed.setdefault((launch.step, launch.layer), []).extend(launch.keys)
-    assert {event: sorted(keys) for event, keys in executed.items()} == {
+        # At whichever precision.
+        keys = [key % own for key in launch.keys]
+        executed.setdefault((launch.step, launch.layer), []).extend(keys)
+    needed = {
         (step, layer): sorted(keys)
         for step, events in enumerate(case.steps)
         for layer, keys in enumerate(events)
         if keys
     }
+    if name not in LOSSY:
+        assert {event: sorted(keys) for event, keys in executed.items()} == needed
+        return
+    assert executed.keys() == needed.keys()
+    for event, keys in executed.items():
+        assert len(set(keys)) == len(keys)
+        assert set(keys) <= set(needed[event])
 
 
 @every_policy
@@ -325,7 +359,7 @@ def test_without_prefetching_decisions_do_not_depend_on_when_copies_land(name, s
     assert decisions[0] == decisions[1] == decisions[2]
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"on-demand"}))
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {*CACHELESS, *LOSSY}))
 @drivers
 @given(seed=seeds)
 @QUICK

@@ -14,9 +14,11 @@ from policies.transfers import Copy
 from sim.clock import Clock
 from sim.link import Link
 from sim.timing import HostCosts, LinkCosts
+from tests.given import LOSSY
 from tests.machines import FlatTiming, make_machine, random_workload, step_ns
 
-POLICIES = [name for name in policies.names() if name != "next-gate"]
+POLICIES = policies.names()
+CACHELESS = ("layer-stream", "on-demand", "pregated")
 
 
 # ---------------------------------------------------------------------- closed forms
@@ -172,7 +174,7 @@ def _run(case, *, checked=True):  # type: ignore[no-untyped-def]
         link=LinkCosts(case["rate"], 7, 2),
         segment_slowdown_ppm=case["slowdown"],
         experts_slowdown_ppm=case["slowdown"],
-        predictor_ns={"next_gate": case["predictor"]},
+        predictor_ns={"next_gate": case["predictor"], "map_search": case["predictor"]},
     )
     machine = make_machine(
         work,
@@ -205,12 +207,15 @@ def test_invariants_of_every_run(case) -> None:  # type: ignore[no-untyped-def]
     core, tally, times = machine.core, machine.core.tally, machine.times
     buckets = tally.buckets.values()
     accesses = sum(bucket.accesses for bucket in buckets)
-    assert accesses == machine.workload.num_accesses
+    lossy = case["policy"] in LOSSY
+    asked = sum(bucket.asked for bucket in buckets) if lossy else accesses
+    assert asked == machine.workload.num_accesses
     assert accesses == sum(bucket.hits + bucket.late + bucket.misses for bucket in buckets)
     assert tally.chunks == machine.chunks
     assert tally.copied_bytes == machine.chunk_bytes
     # Copies that were given up half way are all that may differ from whole experts.
-    assert tally.copied_bytes - 1000 * tally.copies == machine.abandoned_bytes()
+    if core.shape.precisions == 1:
+        assert tally.copied_bytes - 1000 * tally.copies == machine.abandoned_bytes()
     assert machine.most_occupied <= core.plan.used_bytes
     assert all(a <= b for a, b in zip(times.begin, times.end, strict=True))
     assert all(end == begin for end, begin in zip(times.end, times.begin[1:], strict=False))
@@ -241,7 +246,15 @@ def test_same_inputs_same_outputs(case) -> None:  # type: ignore[no-untyped-def]
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(0, 10_000),
-    st.sampled_from([name for name in POLICIES if policies.get(name).source != "bound"]),
+    st.sampled_from(
+        [
+            name
+            for name in POLICIES
+            if policies.get(name).source != "bound"
+            and name not in (*CACHELESS, *LOSSY)
+            and name != "hybrid-split"  # what the CPU takes never enters
+        ]
+    ),
 )
 def test_unlimited_budget_is_compute_only_once_warm(seed: int, policy: str) -> None:
     """With a slot for every expert each is copied at most once; a second pass copies nothing."""

@@ -67,7 +67,14 @@ def test_roofline_by_hand() -> None:
     assert timing.segment_ns(0, 1, 1, 10**6) == ceil_ns(nbytes, rate)
     assert timing.segment_ns(0, 1, 1, 1) >= hardware.segment_floor_ns
     streamed = ceil_ns(2 * expert, int(hardware.cpu_bytes_per_s))
-    assert timing.cpu_experts_ns(0, 2, 2) == streamed + hardware.cpu_transfer_ns
+    # One token's activations are in cpu_transfer_ns; one assignment more: 2048 bf16 there and back.
+    link = int(hardware.link_bytes_per_s)
+    there_and_back = hardware.cpu_transfer_ns + ceil_ns(2 * 2048 * 2, link)
+    assert timing.cpu_experts_ns(0, 2, 2) == streamed + there_and_back
+    # One expert, 1,000 tokens: flops decide.
+    computed = ceil_ns(2 * (expert // 2) * 1000, int(hardware.cpu_flops_per_s))
+    there_and_back = hardware.cpu_transfer_ns + ceil_ns(2 * 2048 * 2 * 999, link)
+    assert timing.cpu_experts_ns(0, 1, 1000) == computed + there_and_back
 
 
 def test_memory_by_hand() -> None:

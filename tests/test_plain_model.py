@@ -13,15 +13,17 @@ from hypothesis import strategies as st
 
 import policies
 from configs import load_geometry, load_hardware
-from policies.capacity import MemoryPlan, plan_memory
+from policies.capacity import MemoryPlan, plan_memory, smallest_budget
 from policies.core import ORDERS, DecisionCore
-from policies.interface import Keys, MissRule, Policy, PolicyData, Shape, Tally
+from policies.interface import Keys, MissRule, Policy, Shape, Tally
 from policies.lru import Lru
 from sim.machine import Machine
 from sim.tape import can_record, play, record
 from sim.timing import HostCosts, LinkCosts, RooflineTiming, Timing
+from tests.given import shape_for
+from tests.made_up import all_data
 from tests.reference.plain_model import PlainModel, PlainResult
-from tracer.workload import Workload, first_use, next_use, popularity
+from tracer.workload import Workload
 
 Run = Callable[..., dict[str, Any]]
 HOST = HostCosts(3, 2, 2, 4, 1, 5)
@@ -152,26 +154,23 @@ def make_columns(case: Case) -> dict[str, np.ndarray]:
 
 def make_shape(case: Case) -> Shape:
     sizes = tuple(17 + (5 * layer if case.uneven else 0) for layer in range(case.layers))
-    return Shape(case.layers, case.experts, case.top_k, sizes)
+    return shape_for(case.policy, Shape(case.layers, case.experts, case.top_k, sizes))
 
 
 def make_core(case: Case, workload: Workload, shape: Shape) -> DecisionCore:
     info = policies.get(case.policy)
     params, options = info.parse({**case.params})
-    data = PolicyData(
-        shape,
-        events=workload.events,
-        next_use=next_use(workload.events),
-        first_use=first_use(workload.events, shape.keys),
-        popularity=popularity(workload),
-        seed=case.seed,
-    )
+    apart = replace(case, steps=20, batch=1, prompt=3, skip=False, seed=case.seed + 100)
+    others = Workload(make_columns(apart), case.experts)
+    data = all_data(workload, others, shape, oracle=info.oracle, costs=OddTiming(), seed=case.seed)
     policy: Policy = info.build(params, data)
     if case.cpu:
         policy = replace(policy, miss_rule=FirstMissToCpu())
     if case.watching:
         policy = replace(policy, cache=Watching())
     budget = int(case.slots * sum(shape.bytes_by_layer))
+    if policy.scope == "whole-layers":
+        budget = max(budget, smallest_budget(shape, policy.scope, 0))
     plan: MemoryPlan = plan_memory(
         shape,
         policy.scope,
@@ -179,7 +178,7 @@ def make_core(case: Case, workload: Workload, shape: Shape) -> DecisionCore:
         staging_slots=options.staging_slots,
         needs_staging=policy.cache.may_refuse,
     )
-    return DecisionCore(shape, plan, policy, options, log=[])
+    return DecisionCore(shape, plan, policy, options, signals=data.signals, log=[])
 
 
 def outcome(result: Any, link_busy_ns: int, core: DecisionCore) -> dict[str, Any]:
@@ -297,7 +296,7 @@ def test_two_misses_through_a_window_of_two(run: Run) -> None:
 
 # ---------------------------------------------------------------------- chosen cases
 
-DELAYED = {"oracle": 23, "next_gate": 31}
+DELAYED = {"oracle": 23, "next_gate": 31, "map_search": 37}
 SLOW = OddTiming(
     segment_slowdown_ppm=130_000,
     experts_slowdown_ppm=1_000_003,
@@ -340,6 +339,24 @@ CASES = {
     "cpu-prefetch": Case(policy="accuracy-q", cpu=True, slots=4, params={"depth": 2, "q": 0.3}),
 }
 CASES |= {
+    "score-ema": Case(policy="score-ema", batch=2, slots=4),
+    "reuse-distance": Case(policy="reuse-distance", steps=20),
+    "mixtral-offloading": Case(policy="mixtral-offloading", params={"chunks": 2}, layers=4),
+    "edgemoe": Case(policy="edgemoe", params={"chunks": 2}, steps=20, batch=2, layers=4),
+    "moe-infinity": Case(policy="moe-infinity", steps=20, batch=2, layers=4),
+    "finemoe": Case(policy="finemoe", params={"chunks": 2}, steps=20, batch=2, layers=5),
+    "pregated": Case(policy="pregated", params={"chunks": 3}, layers=4, prompt=5, slots=2),
+    "pregated-skipped": Case(policy="pregated", skip=True, layers=4, steps=20, slots=2),
+    "layer-stream": Case(policy="layer-stream", window=3, layers=5, batch=2),
+    "fiddler": Case(policy="fiddler", slots=4, steps=20),
+    "fiddler-prefill": Case(policy="fiddler", slots=4, prompt=9, params={"chunks": 2}),
+    "hybrid-split": Case(policy="hybrid-split", slots=4, top_k=4, steps=20),
+    "hybrid-split-waves": Case(policy="hybrid-split", slots=2, prompt=9, batch=2),
+    "hobbit": Case(policy="hobbit", slots=4, top_k=3, steps=20, uneven=True),
+    "hobbit-batch": Case(policy="hobbit", slots=4, prompt=5, batch=3, params={"chunks": 2}),
+    "layer-stream-skipped": Case(policy="layer-stream", skip=True, layers=4),
+}
+CASES |= {
     f"accuracy-depth-{depth}-chunks-{chunks}-window-{window}": Case(
         policy="accuracy-q",
         params={"depth": depth, "chunks": chunks, "q": 0.7},
@@ -363,11 +380,16 @@ def test_the_chosen_cases_cover_what_they_claim() -> None:
     timing = TIMINGS["delayed-slowdown"]
     tallies = {name: run_plain(case, timing)["tally"] for name, case in CASES.items()}
     total = {name: _totals(tally) for name, tally in tallies.items()}
-    assert all(counts["hits"] for name, counts in total.items() if name != "on-demand")
+    cacheless = ("on-demand", "pregated", "layer-stream")
+    cached = [counts for name, counts in total.items() if not name.startswith(cacheless)]
+    assert all(counts["hits"] for counts in cached)
+    streamed = total.pop("layer-stream")
+    assert streamed["late"]
     assert all(counts["misses"] for counts in total.values())
     for name in ("waves", "waves-id-order", "waves-prefill", "waves-staging", "cpu-waves"):
         assert total[name]["waves"] > total[name]["events"], name
-    for name in ("cpu", "cpu-waves", "cpu-id-order", "cpu-prefetch"):
+    on_cpu = [name for name in CASES if name.startswith(("cpu", "fiddler", "hybrid-split"))]
+    for name in on_cpu:
         assert total[name]["cpu"], name
     late = [counts["late"] for name, counts in total.items() if name.startswith("accuracy")]
     assert sum(late) > 50
@@ -523,7 +545,10 @@ RANDOM_TIMINGS = st.builds(
     LINKS,
     *[TIMES] * 4,
     *[PPM] * 4,
-    st.one_of(st.just({}), st.fixed_dictionaries({"oracle": TIMES, "next_gate": TIMES})),
+    st.one_of(
+        st.just({}),
+        st.fixed_dictionaries({"oracle": TIMES, "next_gate": TIMES, "map_search": TIMES}),
+    ),
 )
 POLICIES = (
     "lru",
@@ -534,6 +559,17 @@ POLICIES = (
     "on-demand",
     "accuracy-q",
     "oracle-prefetch",
+    "score-ema",
+    "reuse-distance",
+    "mixtral-offloading",
+    "edgemoe",
+    "moe-infinity",
+    "finemoe",
+    "pregated",
+    "layer-stream",
+    "fiddler",
+    "hybrid-split",
+    "hobbit",
 )
 
 

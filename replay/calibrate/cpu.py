@@ -1,8 +1,8 @@
 """Experts on the CPU: their rate, what copies cost them, and what they cost the copies.
 
 One token (for the rate of computing, many) goes through one expert's three matrices at a time, in
-bf16 on all cores. The weights lie
-in the pinned memory that copies read from; each call takes the next ones, so none is in a cache.
+bf16 on all cores. The weights lie in the pinned memory that copies read from; each call takes the
+next ones, so none is in a cache.
 """
 
 from __future__ import annotations

@@ -213,7 +213,7 @@ class PlainModel:
         before: int | None = None
         for layer in range(self.workload.num_layers):
             if keys[layer]:
-                tokens = dict(zip(keys[layer], counts[layer], strict=True))
+                tokens = core.shape.assignments(keys[layer], counts[layer])
                 yield from self._layer(step, layer, keys[layer], tokens, before)
                 before = layer
         yield from self._submit_segment(self.head_ns(len(step.requests)))
@@ -235,6 +235,7 @@ class PlainModel:
         if before is not None:
             core.experts_done(before)
         wave = core.gate(layer, keys, tokens)
+        tokens = core.reassigned or tokens
         self._announce(core.predictions(layer, keys))
         yield self._host_event(host.decision_ns)
         yield from self._wave(wave, layer, tokens)
