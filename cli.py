@@ -12,7 +12,7 @@ from configs.errors import UserError
 from policies.errors import PolicyError
 from replay.commands import calibrate
 from sim import commands as simulation
-from tracer.commands import export, imports, inspect, trace, train_predictor
+from tracer.commands import export, imports, inspect, subset, trace, train_predictor
 
 app = typer.Typer(
     help="Which expert caching and prefetching policy, at which GPU memory budget, over which "
@@ -77,6 +77,7 @@ trace.register(app)
 app.add_typer(importer, name="import")
 imports.register(importer)
 inspect.register(app)
+subset.register(app)
 train_predictor.register(app)
 simulation.register(app)
 calibrate.register(app)

@@ -231,9 +231,9 @@ def test_requests(tiny_trace: Trace) -> None:
 
 def test_a_missing_column_is_named_with_the_command_that_records_it(tmp_path: Path) -> None:
     trace = make_trace(tmp_path / "t")
-    with pytest.raises(UserError, match=r"no column 'lookahead_2', .*--lookahead 2"):
+    with pytest.raises(UserError, match=r"no column 'lookahead_2', .*--record lookahead=2"):
         trace.load(["experts", "lookahead_2"])
-    with pytest.raises(UserError, match=r"no column 'gate_probs', .*python -m tracer.record"):
+    with pytest.raises(UserError, match=r"no column 'gate_probs', .*moesim trace .*--record probs"):
         trace.load(["gate_probs"])
     with pytest.raises(UserError, match="column 'nonsense' is not known"):
         trace.load(["nonsense"])

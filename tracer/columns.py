@@ -22,7 +22,7 @@ lookahead_d         int16    [n, L, 2k]  experts of MoE layer l + d as predicted
                                          where there is no layer l + d
 learned_d           int16    [n, L, 2k]  likewise, by a learned predictor
 embedding           float16  [n, H]      the step's input embedding of the token
-gate_inputs         float16  [n, L, H]   the gate's input
+gate_inputs         float16  [n, L, H]   the gate's input; null in rows that do not keep it
 residency           uint8    [n, L, k]   the recording engine's own hit (1) or miss (0); 255 (null)
                                          where the layer did not run
 ==================  =======  ==========  ==========================================================

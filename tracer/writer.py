@@ -32,6 +32,7 @@ from tracer.manifest import (
     TOKENS,
     RequestsFile,
     TimingsFile,
+    TrainedPredictor,
     build_manifest,
     read_manifest,
     sha256_of,
@@ -122,8 +123,6 @@ class TraceWriter:
         `tracer.columns`. n is taken from experts. `timings`: how long the step's layers took.
         """
         step = self._last_step + 1
-        if timings is not None:
-            self._timings.append((step, timings))
         columns = {
             "request": request,
             "step": step,
@@ -134,16 +133,24 @@ class TraceWriter:
         }
         rows = len(np.asarray(experts))
         scalars = {name: np.broadcast_to(np.asarray(v), (rows,)) for name, v in columns.items()}
-        self.write_rows(**scalars, experts=experts, weights=weights, **optional)
+        timed = () if timings is None else ((step, timings),)
+        self.write_rows(**scalars, experts=experts, weights=weights, timings=timed, **optional)
         return step
 
-    def write_rows(self, *, experts: ArrayLike, **columns: ArrayLike | None) -> None:
+    def write_rows(
+        self,
+        *,
+        experts: ArrayLike,
+        timings: Iterable[tuple[int, StepTimings]] = (),
+        **columns: ArrayLike | None,
+    ) -> None:
         """Append n rows of whole steps that come after all steps written so far.
 
-        Columns as for `write_step`, with `step` [n] non-decreasing.
+        Columns as for `write_step`, with `step` [n] non-decreasing; `timings` by step.
         """
         if self._closed:
             raise ValueError("TraceWriter: the trace is closed")
+        self._timings += timings
         given = {name: values for name, values in columns.items() if values is not None}
         block = self._as_block({"experts": experts, **given})
         step = block["step"]
@@ -164,13 +171,17 @@ class TraceWriter:
             self._flush()
 
     def close(
-        self, requests: pd.DataFrame | Iterable[Mapping[str, Any]], notes: str | None = None
+        self,
+        requests: pd.DataFrame | Iterable[Mapping[str, Any]],
+        notes: str | None = None,
+        predictors: tuple[TrainedPredictor, ...] = (),
     ) -> None:
         """Write what is buffered and requests.parquet, and mark the trace complete.
 
         `requests` has a row for every request: request, prompt_tokens, output_tokens (tokens
         generated: one by the prefill and one by each decode row), and domain and arrival_s where
-        known. `notes` replaces those of the recording.
+        known. `notes` replaces those of the recording; `predictors` tells who predicted the
+        learned columns.
         """
         if self._closed:
             raise ValueError("TraceWriter: the trace is closed")
@@ -182,7 +193,7 @@ class TraceWriter:
         data = parquet_bytes(table, dictionary=["domain"])
         write_atomically(self.path / REQUESTS_FILE, data)
         entry = RequestsFile(file=REQUESTS_FILE, rows=table.num_rows, sha256=sha256_of(data))
-        update: dict[str, Any] = {"requests": entry, "complete": True}
+        update: dict[str, Any] = {"requests": entry, "complete": True, "predictors": predictors}
         if notes is not None:
             recording = self._manifest.recording
             update["recording"] = recording.model_copy(update={"notes": notes})

@@ -45,6 +45,11 @@ def refuse_without_gate_inputs(trace: Trace) -> None:
 def as_rows(experts: NDArray, gate_inputs: NDArray, stride: int) -> Rows:
     """Pair the gate inputs [n, L, H] of a layer with the experts [n, L, k] `stride` layers on."""
     ran = experts[:, :, 0] != NULL_ID
+    if np.isnan(gate_inputs[ran][:, 0]).any():
+        raise UserError(
+            "the gate inputs of some rows are missing (moesim subset --hidden thinned them?): use"
+            " the whole trace"
+        )
     both = ran[:, :-stride] & ran[:, stride:]
     inputs = np.where(ran[:, :-stride, None], gate_inputs[:, :-stride], np.float16(0))
     targets = np.where(both[:, :, None], experts[:, stride:], np.int16(NULL_ID))
