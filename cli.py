@@ -10,8 +10,9 @@ import typer
 
 from configs.errors import UserError
 from policies.errors import PolicyError
-from replay.commands import calibrate
+from replay.commands import calibrate, quality
 from sim import commands as simulation
+from sim import simulate
 from tracer.commands import export, imports, inspect, subset, trace, train_predictor
 
 app = typer.Typer(
@@ -81,6 +82,7 @@ subset.register(app)
 train_predictor.register(app)
 simulation.register(app)
 calibrate.register(app)
+quality.register(app, simulate)
 export.register(app)
 
 

@@ -4,6 +4,7 @@
 - units: `parse_bytes`, `parse_rate`, `parse_expert_budget`, `ExpertBudget`, `format_bytes`
 - geometry: `Geometry`, `ModelConfig`, `EXPERT_DTYPE_BITS`, `load_geometry`, `load_model_config`,
   `list_models`
+- budget: GPU memory by use, from a budget for the model or for its experts
 - hardware: `Hardware`, `load_hardware`, `list_hardware`
 """
 

@@ -511,7 +511,8 @@ class DecisionCore:
         self.pinned = set(members)
         self.landed.clear()
         state = self._state
-        ready, missing = [], []
+        ready: list[int] = []
+        missing: list[int] = []
         for key in members:
             (ready if state[key] == RESIDENT else missing).append(key)
         if self._resumes:

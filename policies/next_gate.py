@@ -70,7 +70,7 @@ def build(params: Params, data: PolicyData) -> Policy:
     if missing or data.lookahead is None:
         raise PolicyError(
             f"next-gate needs the column {missing[0] if missing else wanted[0]}, which this trace "
-            "lacks: record it with `python -m tracer.record --lookahead 3`, or use accuracy-q"
+            "lacks: record it with `moesim trace --record lookahead=3`, or use accuracy-q"
         )
     width = max(1, math.floor(params["overfetch"] * data.shape.top_k + 0.5))
     tables = {

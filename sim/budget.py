@@ -1,68 +1,12 @@
-"""GPU memory: what the experts may have, and what the rest of the model takes.
-
-A budget for the whole model covers non-expert weights, KV cache for the longest request (times the
-largest batch), workspace and expert slots, staging included.
-"""
+"""GPU memory of a simulated run: :mod:`configs.budget` for a workload's longest request."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from fractions import Fraction
-
-from configs.errors import UserError
+from configs.budget import MemoryBudget, describe, resolve_budget, workspace_bytes
 from configs.geometry import Geometry
-from configs.units import ExpertBudget, format_bytes, parse_bytes, parse_expert_budget
 from tracer.workload import Workload
 
-_ACTIVATION_BYTES = 2
-_LOGIT_BYTES = 4
-
-
-@dataclass(frozen=True)
-class MemoryBudget:
-    """Bytes of GPU memory by use; ``expert_bytes`` is what the slots may take."""
-
-    nonexpert_bytes: int
-    kv_bytes: int
-    workspace_bytes: int
-    expert_bytes: int
-
-    @property
-    def fixed_bytes(self) -> int:
-        """Everything but the slots."""
-        return self.nonexpert_bytes + self.kv_bytes + self.workspace_bytes
-
-    @property
-    def total_bytes(self) -> int:
-        """The whole model's share of the GPU."""
-        return self.fixed_bytes + self.expert_bytes
-
-
-def workspace_bytes(geometry: Geometry, step_tokens: int, requests: int) -> int:
-    """Activations of the largest step and the logits: an estimate, not a measurement.
-
-    Hidden states in and out of every expert assignment, the intermediate of each (an expert has
-    three matrices of hidden x intermediate), and one row of fp32 logits a request.
-    """
-    intermediate = geometry.expert_params // (3 * geometry.hidden_size)
-    a_token = geometry.top_k * (2 * geometry.hidden_size + 3 * intermediate)
-    activations = step_tokens * (a_token + 4 * geometry.hidden_size) * _ACTIVATION_BYTES
-    return activations + requests * geometry.vocab_size * _LOGIT_BYTES
-
-
-def expert_budget_bytes(budget: ExpertBudget, geometry: Geometry) -> int:
-    """Bytes that an expert budget stands for, rounded down."""
-    if budget.kind == "bytes":
-        return min(int(budget.value), geometry.expert_bytes_total)
-    if budget.kind == "fraction":
-        share = Fraction(str(budget.value))
-        return int(geometry.expert_bytes_total * share)
-    if budget.value > geometry.num_experts:
-        raise UserError(
-            f"expert budget {budget} is more than the {geometry.num_experts} experts of a layer; "
-            f"give at most {geometry.num_experts}/layer"
-        )
-    return int(budget.value) * sum(geometry.expert_bytes_by_layer)
+__all__ = ["MemoryBudget", "describe", "resolve", "workspace_bytes"]
 
 
 def resolve(
@@ -73,31 +17,11 @@ def resolve(
     Neither given: all experts. Raises UserError if both are, or if the whole model's budget does
     not even hold what is not an expert.
     """
-    if budget is not None and expert_budget is not None:
-        raise UserError("give --budget (the whole model) or --expert-budget (slots), not both")
-    kv_bytes = geometry.kv_bytes_per_token * workload.kv_capacity
-    workspace = workspace_bytes(geometry, workload.max_step_tokens, workload.max_batch)
-    fixed = MemoryBudget(geometry.nonexpert_bytes, kv_bytes, workspace, 0)
-    if budget is None:
-        slots = (
-            geometry.expert_bytes_total
-            if expert_budget is None
-            else expert_budget_bytes(parse_expert_budget(expert_budget), geometry)
-        )
-    else:
-        slots = parse_bytes(budget) - fixed.fixed_bytes
-        if slots <= 0:
-            raise UserError(
-                f"budget {budget} is too small: without any expert slot {geometry.name} needs "
-                f"{fixed.fixed_bytes} bytes ({describe(fixed)})"
-            )
-    return MemoryBudget(geometry.nonexpert_bytes, kv_bytes, workspace, slots)
-
-
-def describe(memory: MemoryBudget) -> str:
-    """The fixed parts, for people."""
-    return (
-        f"{format_bytes(memory.nonexpert_bytes)} non-expert weights, "
-        f"{format_bytes(memory.kv_bytes)} KV cache, "
-        f"{format_bytes(memory.workspace_bytes)} workspace"
+    return resolve_budget(
+        geometry,
+        budget,
+        expert_budget,
+        kv_tokens=workload.kv_capacity,
+        step_tokens=workload.max_step_tokens,
+        requests=workload.max_batch,
     )

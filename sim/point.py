@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 import policies
+from configs.budget import bytes_at, low_bytes
 from configs.errors import UserError
 from configs.geometry import EXPERT_DTYPE_BITS, Geometry, load_geometry
 from configs.hardware import Hardware, load_hardware
@@ -140,7 +141,7 @@ class PointRunner:
             experts=geometry.num_experts,
             top_k=geometry.top_k,
             bytes_by_layer=geometry.expert_bytes_by_layer,
-            low_bytes_by_layer=_low_bytes(geometry, point.policy, info.low_dtype(params)),
+            low_bytes_by_layer=low_bytes(geometry, point.policy, info.low_dtype(params)),
         )
         timing = RooflineTiming(geometry, hardware)
         known = self._known
@@ -221,26 +222,8 @@ def _at_dtype(geometry: Geometry, dtype: str) -> Geometry:
             f"--dtype {dtype}: the experts of {geometry.name} differ in size by layer, as its file "
             "gave them; leave --dtype out"
         )
-    sizes = (_bytes_at(geometry, dtype),) * geometry.num_moe_layers
+    sizes = (bytes_at(geometry, dtype),) * geometry.num_moe_layers
     return geometry.model_copy(update={"expert_dtype": dtype, "expert_bytes_by_layer": sizes})
-
-
-def _bytes_at(geometry: Geometry, dtype: str) -> int:
-    return -(-int(geometry.expert_params * EXPERT_DTYPE_BITS[dtype] * 4) // 32)
-
-
-def _low_bytes(geometry: Geometry, policy: str, dtype: str | None) -> tuple[int, ...]:
-    """Bytes of an expert's low-bit copy in each layer; none where the policy has no such copies."""
-    if dtype is None:
-        return ()
-    low, smallest = _bytes_at(geometry, dtype), min(geometry.expert_bytes_by_layer)
-    if low >= smallest:
-        raise UserError(
-            f"{policy}: a {dtype} copy of {geometry.name}'s experts has {low} bytes, no fewer than "
-            f"the {smallest} of its own {geometry.expert_dtype}: choose a smaller low_dtype, or "
-            "time the model at a larger --dtype"
-        )
-    return (low,) * geometry.num_moe_layers
 
 
 def timed_hardware(point: Point) -> Hardware:

@@ -9,6 +9,8 @@ from policies.interface import Shape
 
 #: answer misses otherwise than by copying each in full
 LOSSY = [name for name in policies.names() if not policies.get(name).lossless]
+#: execute experts that no gate asked for
+REROUTING = ["swapmoe"]
 ON_CPU = ["fiddler", "hybrid-split"]
 
 

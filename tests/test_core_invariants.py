@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import policies
 from policies.capacity import plan_memory, smallest_budget, uneven_plan
 from policies.core import DecisionCore
-from policies.interface import Shape
+from policies.interface import Policy, Shape
 from policies.memory import COPYING
 from tests.driver import (
     Launch,
@@ -30,7 +30,7 @@ from tests.driver import (
     shape_of,
     total,
 )
-from tests.given import LOSSY, ON_CPU, shape_for
+from tests.given import LOSSY, ON_CPU, REROUTING, shape_for
 from tests.machines import FlatTiming
 from tests.made_up import fit_of, signals_of
 
@@ -124,15 +124,18 @@ def draw_case(name: str, seed: int, *, one_size: bool = False, largest: int | No
     layers, experts = rng.randint(2, 3), rng.randint(2, 8)
     sizes = tuple(12 if one_size else rng.choice([12, 24, 36]) for _ in range(layers))
     shape = shape_for(name, shape_of(layers, experts, 2, sizes))
-    scope = _scope(name, shape)
-    least = smallest_budget(shape, scope, 0 if scope == "staging" else 1)
+    policy = _at_defaults(name, shape)
+    staging = 0 if policy.scope == "staging" else 1
+    least = smallest_budget(shape, policy.scope, staging, policy.least_slots)
     everything = sum(sizes) * experts
     return Case(
         name=name,
         shape=shape,
         steps=draw_steps(rng, shape, min(largest or experts, experts)),
         lookahead={
-            f"lookahead_{distance}": draw_lookahead(rng, shape, distance) for distance in (1, 2)
+            f"{kind}_{distance}": draw_lookahead(rng, shape, distance)
+            for kind in ("lookahead", "learned")
+            for distance in (1, 2)
         },
         popularity=[[rng.randint(0, 9) for _ in range(experts)] for _ in range(layers)],
         budget=everything if name == "resident" else least + rng.randint(0, everything),
@@ -142,19 +145,20 @@ def draw_case(name: str, seed: int, *, one_size: bool = False, largest: int | No
     )
 
 
-def _scope(name: str, shape: Shape) -> str:
-    """Scope of a policy at its defaults, which needs no less than its other scopes."""
+def _at_defaults(name: str, shape: Shape) -> Policy:
+    """A policy at its defaults, whose scope needs no less than its other scopes."""
+    steps = [[[0]] + [[]] * (shape.layers - 1)]
     data = policy_data(
         shape,
-        [],
-        lookahead={f"lookahead_{distance}": [] for distance in (1, 2)},
+        steps,
+        lookahead=dict.fromkeys(("lookahead_1", "lookahead_2", "learned_2"), steps),
         popularity=[[1] * shape.experts] * shape.layers,
-        signals=signals_of(shape, [[[0]]]),
+        signals=signals_of(shape, steps),
         fit=fit_of(shape),
         costs=FlatTiming(),
     )
     info = policies.get(name)
-    return info.build(info.parse({})[0], data).scope
+    return info.build(info.parse({})[0], data)
 
 
 def _draw_options(name: str, rng: random.Random, layers: int) -> dict[str, Any]:
@@ -169,6 +173,8 @@ def _draw_options(name: str, rng: random.Random, layers: int) -> dict[str, Any]:
         given["cache"] = rng.choice(params["cache"].allowed)
     if "depth" in params:
         given["depth"] = rng.randint(1, layers - 1)
+    if "stride" in params:
+        given["stride"] = rng.randint(1, layers - 1)
     if name in ("oracle-prefetch", "accuracy-q"):
         given["wrap"] = rng.random() < 0.5
     return given
@@ -308,7 +314,8 @@ def test_every_expert_is_executed_once_for_its_event(name, run, seed):
     assert executed.keys() == needed.keys()
     for event, keys in executed.items():
         assert len(set(keys)) == len(keys)
-        assert set(keys) <= set(needed[event])
+        assert {case.shape.layer_of(key) for key in keys} <= {event[1]}
+        assert name in REROUTING or set(keys) <= set(needed[event])
 
 
 @every_policy

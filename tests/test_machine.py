@@ -174,7 +174,7 @@ def _run(case, *, checked=True):  # type: ignore[no-untyped-def]
         link=LinkCosts(case["rate"], 7, 2),
         segment_slowdown_ppm=case["slowdown"],
         experts_slowdown_ppm=case["slowdown"],
-        predictor_ns={"next_gate": case["predictor"], "map_search": case["predictor"]},
+        predictor_ns=dict.fromkeys(("next_gate", "learned", "map_search"), case["predictor"]),
     )
     machine = make_machine(
         work,

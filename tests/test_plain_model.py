@@ -296,7 +296,7 @@ def test_two_misses_through_a_window_of_two(run: Run) -> None:
 
 # ---------------------------------------------------------------------- chosen cases
 
-DELAYED = {"oracle": 23, "next_gate": 31, "map_search": 37}
+DELAYED = {"oracle": 23, "next_gate": 31, "map_search": 37, "learned": 43}
 SLOW = OddTiming(
     segment_slowdown_ppm=130_000,
     experts_slowdown_ppm=1_000_003,
@@ -342,6 +342,11 @@ CASES |= {
     "score-ema": Case(policy="score-ema", batch=2, slots=4),
     "reuse-distance": Case(policy="reuse-distance", steps=20),
     "mixtral-offloading": Case(policy="mixtral-offloading", params={"chunks": 2}, layers=4),
+    "promoe": Case(policy="promoe", slots=4, top_k=3, steps=20, layers=4),
+    "promoe-waves": Case(policy="promoe", params={"stride": 1}, slots=3, prompt=9, batch=2),
+    "promoe-unpreempted": Case(
+        policy="promoe", params={"order": "id", "preempt": False}, slots=4, top_k=3, batch=2
+    ),
     "edgemoe": Case(policy="edgemoe", params={"chunks": 2}, steps=20, batch=2, layers=4),
     "moe-infinity": Case(policy="moe-infinity", steps=20, batch=2, layers=4),
     "finemoe": Case(policy="finemoe", params={"chunks": 2}, steps=20, batch=2, layers=5),
@@ -547,7 +552,9 @@ RANDOM_TIMINGS = st.builds(
     *[PPM] * 4,
     st.one_of(
         st.just({}),
-        st.fixed_dictionaries({"oracle": TIMES, "next_gate": TIMES, "map_search": TIMES}),
+        st.fixed_dictionaries(
+            dict.fromkeys(("oracle", "next_gate", "map_search", "learned"), TIMES)
+        ),
     ),
 )
 POLICIES = (
@@ -562,6 +569,7 @@ POLICIES = (
     "score-ema",
     "reuse-distance",
     "mixtral-offloading",
+    "promoe",
     "edgemoe",
     "moe-infinity",
     "finemoe",
@@ -590,6 +598,8 @@ def random_cases(draw: st.DrawFn) -> Case:
             "preempt": draw(st.booleans()),
             "cache": draw(st.sampled_from(("lru", "lru-global", "lfu", "belady"))),
         }
+    if policy == "promoe":
+        params |= {"stride": draw(st.integers(1, 2)), "preempt": draw(st.booleans())}
     if policy == "accuracy-q":
         params["q"] = draw(st.sampled_from((1.0, 0.7, 0.3)))
     return Case(

@@ -140,5 +140,5 @@ def test_hybrid_split_on_the_sample_trace():
     resident = found["copies"] - found["evictions"]
     assert resident == 16 * 16
     golden = (found["decode"]["hits"], found["decode"]["cpu"], found["prefill"]["cpu"])
-    assert golden == (50936, 27896, 4075)
+    assert golden == (50821, 27980, 4057)
     assert found["tpot_ms"]["mean"] < lru["tpot_ms"]["mean"]

@@ -8,6 +8,7 @@ all of them.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from functools import cache
@@ -236,6 +237,9 @@ class PlainModel:
             core.experts_done(before)
         wave = core.gate(layer, keys, tokens)
         tokens = core.reassigned or tokens
+        if step.tokens == 1:
+            # Whichever experts a lossy rule chose, the token is assigned to each once.
+            tokens = defaultdict(lambda: 1)
         self._announce(core.predictions(layer, keys))
         yield self._host_event(host.decision_ns)
         yield from self._wave(wave, layer, tokens)

@@ -1,0 +1,195 @@
+"""EdgeMoE: experts preloaded by a table of what follows the last two layers' experts.
+
+Source: EdgeMoE, arXiv 2308.14352. A table, made offline, gives P(expert of layer l | experts of
+layers l - 2 and l - 1). At the gate of layer l - 1 the experts of layer l are queued in that order,
+and loading goes on until the gate of layer l is known. One pool over all layers; victim: the
+smallest frequency / layers until its next use.
+
+Our readings:
+- The paper's models are top-1. With top-k, P is the mean over the pairs (a of l - 2, b of l - 1) of
+  P(expert | a and b in the same token), over the pairs that the fitted requests have; where they
+  have none, over b alone. Layer 1 has one layer before it, layer 0 none: it is demand only.
+- Several tokens in a step: pairs are taken of the union of their experts.
+- Fitted on all tokens, prefill and decode, of the requests set aside. At most ``candidates`` times
+  top-k experts are queued: a limit only where the link copies more than that in a layer's time.
+  Experts that never followed are not queued.
+- Frequency: events that needed the expert, on the requests set aside and so far.
+- "Layers until its next use" goes on into the next step: the layer in progress is L layers away.
+- A look-up costs the machine's ``next_gate`` time: on the host, a few rows averaged and sorted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from policies.core import DecisionCore
+from policies.errors import PolicyError
+from policies.interface import Keys, Policy, PolicyData, Prediction, Prefetcher
+from policies.registry import Param, Params, register
+from policies.scored import ArrayScoredRule
+
+_BLOCK_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """What follows, for one layer.
+
+    ``row_of_pair``: int32 [E, E], row of ``after_pair`` for experts a and b, -1: never seen;
+    ``after_pair``: float32 [pairs seen, E]; ``after_one``: float32 [E, E], zeros: never seen.
+    """
+
+    row_of_pair: npt.NDArray[np.int32]
+    after_pair: npt.NDArray[np.float32]
+    after_one: npt.NDArray[np.float32]
+
+    def chances(self, before: list[int], last: list[int]) -> npt.NDArray[np.float32]:
+        """P of each expert, float32 [E], given those of two layers before and of the last."""
+        if before:
+            rows = self.row_of_pair[np.array(before)[:, None], last].ravel()
+            rows = rows[rows >= 0]
+            if len(rows):
+                return _mean(self.after_pair[rows])
+        return _mean(self.after_one[last])
+
+
+def _mean(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    mean: npt.NDArray[np.float32] = np.add.reduce(rows, axis=0) / np.float32(len(rows))
+    return mean
+
+
+def fit_tables(experts: npt.NDArray[Any], num_experts: int) -> list[LayerTable]:
+    """Tables of layers 1, 2, ... from expert ids [tokens, L, k], -1 where a layer did not run."""
+    return [
+        _fit_layer(experts[:, max(0, layer - 2) : layer + 1], num_experts)
+        for layer in range(1, experts.shape[1])
+    ]
+
+
+def _fit_layer(experts: npt.NDArray[Any], size: int) -> LayerTable:
+    """``experts``: [tokens, 2 or 3, k], the layer itself last."""
+    ran = (experts >= 0).all(axis=(1, 2))
+    ids = experts[ran].astype(np.int64)
+    last, now = ids[:, -2], ids[:, -1]
+    after_one = np.bincount(_codes(last, now, size), minlength=size * size).reshape(size, size)
+    row_of_pair = np.full((size, size), -1, np.int32)
+    if ids.shape[1] == 2:
+        return LayerTable(row_of_pair, np.zeros((0, size), np.float32), _shares(after_one, ids))
+    after_pair = np.zeros(size**3, np.int64)
+    for first in range(0, len(ids), _BLOCK_ROWS):
+        block = ids[first : first + _BLOCK_ROWS]
+        pairs = _codes(block[:, 0], block[:, 1], size).reshape(len(block), -1)
+        after_pair += np.bincount(_codes(pairs, block[:, 2], size), minlength=size**3)
+    counts = after_pair.reshape(size * size, size)
+    seen = np.flatnonzero(counts.any(axis=1))
+    row_of_pair.flat[seen] = np.arange(len(seen))
+    return LayerTable(row_of_pair, _shares(counts[seen], ids), _shares(after_one, ids))
+
+
+def _codes(first: npt.NDArray[Any], second: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
+    """``a * size + b`` of all a and b in the same token, flat."""
+    codes: npt.NDArray[Any] = (first[:, :, None] * size + second[:, None, :]).ravel()
+    return codes
+
+
+def _shares(counts: npt.NDArray[Any], ids: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Of the tokens behind each row, the share that needed each expert: rows sum to k or to 0."""
+    tokens = counts.sum(axis=1, keepdims=True) / ids.shape[2]
+    shares: npt.NDArray[np.float32] = (counts / np.maximum(tokens, 1)).astype(np.float32)
+    return shares
+
+
+class PathPrefetcher(Prefetcher):
+    """Predicts the next layer from this one and the one before."""
+
+    def __init__(self, tables: list[LayerTable], width: int) -> None:
+        self._tables = tables
+        self._width = width
+
+    def bind(self, core: DecisionCore) -> None:
+        """No layer has run."""
+        super().bind(core)
+        self._experts = core.shape.experts
+        self._before: list[int] = []
+
+    def on_step(self, step: int) -> Iterable[Prediction]:
+        """The first layer has none before it."""
+        self._before = []
+        self._layer = -1
+        return ()
+
+    def on_gate(self, step: int, layer: int, keys: Keys) -> Iterable[Prediction]:
+        """The likeliest of the next layer, best first; ties: lowest expert."""
+        first = layer * self._experts
+        last = [key - first for key in keys]
+        before = self._before if layer == self._layer + 1 else []
+        self._before, self._layer = last, layer
+        if layer == len(self._tables) or not last:
+            return ()
+        chances = self._tables[layer].chances(before, last)
+        best = (-chances).argsort(kind="stable")[: self._width]
+        likely = best[chances[best] > 0]
+        following = (likely + (first + self._experts)).tolist()
+        return (Prediction("next_gate", step, layer + 1, following),)
+
+
+class FrequencyOverDistance(ArrayScoredRule):
+    """Victim: the smallest frequency / layers until the next use."""
+
+    def __init__(self, counts: npt.NDArray[Any]) -> None:
+        self._fitted = np.asarray(counts, np.float64).ravel()
+
+    def bind(self, core: DecisionCore) -> None:
+        """Layers until each key's next use, by layer in progress (-1: none yet)."""
+        super().bind(core)
+        layers = np.arange(core.shape.layers)
+        away = (layers[None, :] - layers[:, None] - 1) % core.shape.layers + 1
+        away = np.concatenate((away, layers[None, :] + 1))
+        self._away = np.repeat(away, core.shape.experts, axis=1).astype(np.float64)
+        self.reset()
+
+    def on_step(self, step: int) -> None:
+        """All are as far away as their layers."""
+        self.renew()
+
+    def on_event(self, layer: int, keys: Keys) -> None:
+        """One use each; all come a layer nearer."""
+        self._counts[list(keys)] += 1
+        self.renew()
+
+    def scores(self) -> npt.NDArray[np.float64]:
+        """Frequency over distance."""
+        worth: npt.NDArray[np.float64] = self._counts / self._away[self.core.layer]
+        return worth
+
+    def reset(self) -> None:
+        """Back to the fitted counts."""
+        self._counts = self._fitted.copy()
+        self.renew()
+
+
+@register(
+    "edgemoe",
+    params={
+        "candidates": Param(float, 1.0, "experts queued for a layer, over top-k", low=0.1),
+    },
+    prefetches=True,
+    fitted=True,
+    columns=lambda params: ("experts",),
+    summary="preload by a table of what followed the last two layers' experts; one pool",
+    source="EdgeMoE, arXiv 2308.14352",
+)
+def build(params: Params, data: PolicyData) -> Policy:
+    """Tables and frequencies from the requests set aside."""
+    if data.fit is None or data.popularity is None:
+        raise PolicyError("edgemoe needs requests to learn from: give a fit share above 0")
+    shape = data.shape
+    tables = fit_tables(data.fit.column("experts"), shape.experts)
+    width = max(1, round(params["candidates"] * shape.top_k))
+    cache = FrequencyOverDistance(data.popularity)
+    return Policy(cache, PathPrefetcher(tables, width), scope="global")
