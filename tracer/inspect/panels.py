@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -220,7 +221,7 @@ def draw_accuracy_by_distance(axes: Axes, predictions: pd.DataFrame) -> None:
         if rows.empty:
             continue
         means = rows.groupby("distance")[["top_k_share", "top_2k_share"]].mean()
-        look = {"color": colour, "marker": marker, "markersize": 5}
+        look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5}
         axes.plot(
             means.index, means["top_2k_share"], ls="--", label=f"{predictor}, first 2k", **look
         )
