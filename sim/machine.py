@@ -1,9 +1,9 @@
 """The SimPy model of the execution contract (docs/contract.md): host thread, GPU, copy engine.
 
-One long-lived process, the host; the copy engine is a chain of SimPy events, one a chunk; the GPU
-stream is arithmetic on what the host submits. While the link is idle and no prediction is pending,
-nothing but the host can act, so the host's local time runs ahead of the environment's and no event
-is needed at all: an event of hits costs no SimPy event, one of misses a SimPy event a chunk.
+One long-lived process, the host, an event a step. Within a step only the host decides what happens
+next: what the copy engine, the GPU stream and the predictors do in the meantime follows by
+arithmetic from what the host has submitted, so it is worked out when the host looks, in the order
+in which it happens. ``tests/reference/plain_model.py`` has a process for each of them instead.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import Any, NoReturn
 
-from simpy.events import Event
+import simpy
 
 from policies.core import DecisionCore, Wave
 from policies.interface import Prediction
 from policies.memory import RESIDENT
 from policies.transfers import Copy
-from sim.clock import POLL, Clock
 from sim.gpu import EXPERTS, HEAD, SEGMENT, SETTLED, GpuStream
-from sim.link import Link
+from sim.link import NEVER, Link
 from sim.quiet import QuietLink
 from sim.timing import Timing
 from tracer.workload import Step, Workload
@@ -46,9 +45,10 @@ class StepTimes:
 class Machine:
     """Runs a workload through a decision core on modelled hardware.
 
-    ``window``: chunks handed to the hardware at a time (W of the contract). ``bursts`` False: run
-    every copy through SimPy, also where arithmetic gives the same (for tests). After :meth:`run`,
-    ``times`` holds the steps' times, ``link.busy_ns`` the link's, ``core.tally`` the decisions'.
+    ``window``: chunks handed to the hardware at a time (W of the contract). ``bursts`` False: take
+    no short cut where demand copies have the link to themselves (a policy that asks the time sees
+    each landing then). After :meth:`run`, ``times`` holds the steps' times, ``link.busy_ns`` the
+    link's, ``core.tally`` the decisions'.
     """
 
     def __init__(
@@ -60,12 +60,11 @@ class Machine:
         window: int = 2,
         bursts: bool = True,
     ) -> None:
-        self.env = Clock()
+        self.env = simpy.Environment()
         self.workload = workload
         self.core = core
         self.timing = timing
         self.link = Link(
-            self.env,
             core,
             timing.link,
             window,
@@ -87,8 +86,7 @@ class Machine:
         self._segments_ns: dict[tuple[int, int], list[int]] = {}
         self._queue = core.queue
         self._state = core.memory.state
-        self.link.poll = self._poll
-        core.clock_ns = lambda: max(self.clock, self.env._now)
+        core.clock_ns = lambda: self.clock
 
     def run(self) -> None:
         """Simulate the whole workload."""
@@ -104,32 +102,33 @@ class Machine:
 
     # ------------------------------------------------------------------ the host thread
 
-    def _host(self) -> Generator[Event, Any, None]:
-        core, link, times = self.core, self.link, self.times
+    def _host(self) -> Generator[simpy.Event, Any, None]:
+        times = self.times
         kv_tokens = self.workload.max_context
         now = 0
         for step in self.workload.steps():
-            begin = now
             marks = (*self.gpu.busy_ns, self.stall_late, self.stall_miss, self.stall_cpu)
-            now += self.timing.host.step_ns
-            if link.current is not None or self._coming:
-                yield self.env.timeout(now - self.env._now)
-            self.clock = now
-            for request in step.begins:
-                core.request_begin(request)
-            core.step_begin(step.index, "decode" if step.prefill_tokens == 0 else "prefill")
-            for prediction in core.predictions_at_step():
-                self._announce(prediction, now)
-            now = yield from self._layers(step, kv_tokens, now)
-            core.step_end()
-            for request in step.ends:
-                core.request_end(request)
-            times.begin.append(begin)
+            times.begin.append(now)
+            now = self._step(step, kv_tokens, now)
             times.end.append(now)
             self._book(marks)
-        if now > self.env._now:
-            yield self.env.timeout(now - self.env._now)
-        link.spinning = False
+            yield self.env.timeout(now - self.env.now)
+
+    def _step(self, step: Step, kv_tokens: int, now: int) -> int:
+        core = self.core
+        now += self.timing.host.step_ns
+        self._catch_up(now)
+        self.clock = now
+        for request in step.begins:
+            core.request_begin(request)
+        core.step_begin(step.index, "decode" if step.prefill_tokens == 0 else "prefill")
+        for prediction in core.predictions_at_step():
+            self._announce(prediction, now)
+        now = self._layers(step, kv_tokens, now)
+        core.step_end()
+        for request in step.ends:
+            core.request_end(request)
+        return now
 
     def _book(self, marks: tuple[int, ...]) -> None:
         """Where the step's time went, as differences of running sums."""
@@ -141,7 +140,7 @@ class Machine:
         times.stall_miss.append(self.stall_miss - miss)
         times.stall_cpu.append(self.stall_cpu - cpu)
 
-    def _layers(self, step: Step, kv_tokens: int, now: int) -> Generator[Event, Any, int]:
+    def _layers(self, step: Step, kv_tokens: int, now: int) -> int:
         core, link, gpu, timing = self.core, self.link, self.gpu, self.timing
         host = timing.host
         slowdown = timing.segment_slowdown_ppm
@@ -156,10 +155,10 @@ class Machine:
                 continue
             now += host.segment_launch_ns
             gpu.submit(now, segments[layer], slowdown, SEGMENT)
-            if link.current is None and not self._coming and not self._queue.ready:
+            if link.lands == NEVER and not self._coming and not self._queue.ready:
                 now = gpu.end(SETTLED) + host.readback_ns
             else:
-                now = yield from self._spin_for_gpu(now)
+                now = self._spin_for_gpu(now)
             if previous >= 0:
                 core.experts_done(previous)
             previous = layer
@@ -172,16 +171,16 @@ class Machine:
                 for prediction in core.predictions(layer, keys):
                     self._announce(prediction, now)
             at_once = self._at_once(layer, wave, tokens, now)
-            now = at_once or (yield from self._execute(layer, wave, tokens, now))
+            now = at_once or self._execute(layer, wave, tokens, now)
             while not wave.last:
-                now = yield from self._spin_for_gpu(now)
+                now = self._spin_for_gpu(now)
                 self.clock = now
                 wave = core.next_wave()
                 at_once = self._at_once(layer, wave, tokens, now)
-                now = at_once or (yield from self._execute(layer, wave, tokens, now))
+                now = at_once or self._execute(layer, wave, tokens, now)
         now += host.segment_launch_ns
         gpu.submit(now, timing.head_ns(requests), slowdown, HEAD)
-        now = yield from self._spin_for_gpu(now)
+        now = self._spin_for_gpu(now)
         if previous >= 0:
             core.experts_done(previous)
         self.clock = now
@@ -203,7 +202,7 @@ class Machine:
     def _at_once(self, layer: int, wave: Wave, tokens: dict[int, int] | None, now: int) -> int:
         """What :meth:`_execute` does where nothing but the host can act; 0: it is not so."""
         queue = self._queue
-        if self.link.current is not None or self._coming or queue.low or wave.cpu:
+        if self.link.lands != NEVER or self._coming or queue.low or wave.cpu:
             return 0
         if len(queue.high) != wave.waiting:
             return 0  # promoted prefetches that this wave does not wait for
@@ -212,30 +211,27 @@ class Machine:
             return self._launch(layer, wave.ready, tokens, now) if wave.ready else now
         return self._burst(layer, wave, tokens, now) if self._bursts else 0
 
-    def _execute(
-        self, layer: int, wave: Wave, tokens: dict[int, int] | None, now: int
-    ) -> Generator[Event, Any, int]:
+    def _execute(self, layer: int, wave: Wave, tokens: dict[int, int] | None, now: int) -> int:
         """Decide, refill, and launch the wave's groups as their experts are there."""
         link = self.link
         now += self.timing.host.decision_ns
-        if now > self.env._now and (link.current is not None or self._coming):
-            yield self.env.timeout(now - self.env._now)
+        if link.lands <= now:
+            self._catch_up(now)
         self.clock = now
         now = link.refill(now)
         cpu_end = 0
         if wave.cpu:
-            if now > self.env._now and link.current is not None:
-                yield self.env.timeout(now - self.env._now)
+            self._catch_up(now)
             cpu_end = self._start_cpu(layer, wave, tokens, now)
         if wave.order is not None and wave.waiting:
-            now = yield from self._in_order(layer, wave.order, tokens, now)
+            now = self._in_order(layer, wave.order, tokens, now)
         else:
             if wave.ready:
                 now = self._launch(layer, wave.ready, tokens, now)
             if wave.waiting:
-                now = yield from self._as_they_land(layer, wave.waiting, tokens, now)
+                now = self._as_they_land(layer, wave.waiting, tokens, now)
         if cpu_end:
-            now = yield from self._join_cpu(cpu_end, now)
+            now = self._join_cpu(cpu_end, now)
         return now
 
     def _launch(self, layer: int, group: Any, tokens: dict[int, int] | None, now: int) -> int:
@@ -264,11 +260,11 @@ class Machine:
 
     def _as_they_land(
         self, layer: int, waiting: int, tokens: dict[int, int] | None, now: int
-    ) -> Generator[Event, Any, int]:
+    ) -> int:
         """One launch for all that has landed since the last."""
         landed = self.core.landed
         while waiting:
-            now = yield from self._spin_for_landing(None, now)
+            now = self._spin_for_landing(None, now)
             group = [copy.key for copy in landed]
             landed.clear()
             waiting -= len(group)
@@ -277,49 +273,77 @@ class Machine:
 
     def _in_order(
         self, layer: int, order: list[int], tokens: dict[int, int] | None, now: int
-    ) -> Generator[Event, Any, int]:
+    ) -> int:
         """Strict order: the longest run that is there, then wait for the next expert."""
-        env, link, state = self.env, self.link, self._state
+        state = self._state
         at = 0
         while at < len(order):
-            if env._now < now and link.current is not None:
-                yield env.timeout(now - env._now)
+            self._catch_up(now)
             first = at
             while at < len(order) and state[order[at]] == RESIDENT:
                 at += 1
             if at > first:
                 now = self._launch(layer, order[first:at], tokens, now)
             if at < len(order):
-                now = yield from self._spin_for_landing(order[at], now)
+                now = self._spin_for_landing(order[at], now)
         self.core.landed.clear()
         return now
 
-    def _spin_for_landing(self, key: int | None, now: int) -> Generator[Event, Any, int]:
+    def _spin_for_landing(self, key: int | None, now: int) -> int:
         """Poll until ``key`` (None: any awaited expert) is there and no hand-over is under way."""
-        env, link, state, landed = self.env, self.link, self._state, self.core.landed
+        link, state, landed = self.link, self._state, self.core.landed
         began = now
-        disturbed = link.current is not None or bool(self._coming)
-        if disturbed and env._now < now and (landed or self._must_poll):
-            yield env.timeout(now - env._now)
-        link.spin(now)
-        if self._must_poll:
+        self._begin_spin(now)
+        while not (landed if key is None else state[key] == RESIDENT):
+            now = self._next_instant()
+        if now > began:
+            self._count_stall(landed[-1], began, now)
+        while link.host_free > now:
+            now = link.host_free
+            self._advance(now)
+        return now
+
+    # ------------------------------------------------------------------ time passes
+
+    def _catch_up(self, now: int) -> None:
+        """What lands until ``now`` while the host is busy: noticed, but nothing is refilled."""
+        link = self.link
+        while link.lands <= now:
+            self.clock = link.lands
+            link.land()
+
+    def _begin_spin(self, now: int) -> None:
+        """The host begins to poll."""
+        link = self.link
+        if link.lands <= now:
+            self._catch_up(now)
+        link.host_free = now
+        if self._coming or (link.room > 0 and self._queue.ready):
             self._poll(now)
-        if not (landed if key is None else state[key] == RESIDENT):
-            while not (landed if key is None else state[key] == RESIDENT):
-                if link.current is not None:
-                    yield link.current
-                elif env._now < began:
-                    yield env.timeout(began - env._now)
-                else:
-                    self._no_copy()
-            if env._now > began:
-                self._count_stall(landed[-1], began)
-            else:
-                yield env.timeout(began - env._now)
-        while link.still_handing or (self._coming and link.host_free > env._now):
-            yield env.timeout(link.host_free - env._now)
-        link.spinning = False
-        return link.host_free if link.host_free > env._now else env._now
+
+    def _next_instant(self) -> int:
+        """Until the next landing or finished prediction, which the spinning host looks after."""
+        link, coming = self.link, self._coming
+        now = link.lands
+        if coming and coming[0][0] < now:
+            now = coming[0][0]
+        elif now == NEVER:
+            self._no_copy()
+        else:
+            self.clock = now
+            link.land()
+        self._poll(now)
+        return now
+
+    def _advance(self, until: int) -> None:
+        """Everything up to and at ``until``, the host spinning."""
+        link, coming = self.link, self._coming
+        while link.lands <= until or (coming and coming[0][0] <= until):
+            self._next_instant()
+
+    def _known_until(self, now: int) -> int:
+        """The link's activity is settled up to this instant."""
+        return now if self.link.lands == NEVER else self.link.lands
 
     def _no_copy(self) -> NoReturn:
         raise RuntimeError(
@@ -327,10 +351,9 @@ class Machine:
             "under way"
         )
 
-    def _count_stall(self, copy: Copy, began: int) -> None:
+    def _count_stall(self, copy: Copy, began: int, now: int) -> None:
         """Time the GPU stood idle because the host waited for this copy since ``began``."""
-        now = self.env._now
-        idle_from = self.gpu.end(self.link.known_until(now))
+        idle_from = self.gpu.end(self._known_until(now))
         if idle_from < began:
             idle_from = began
         if idle_from < now:
@@ -344,11 +367,6 @@ class Machine:
 
     # ------------------------------------------------------------------ spinning
 
-    @property
-    def _must_poll(self) -> bool:
-        """Whether a host that starts to spin now finds something to do."""
-        return bool(self._coming) or (self.link.room > 0 and self._queue.ready)
-
     def _poll(self, now: int) -> None:
         """Take in predictions that are finished, then refill the window."""
         self.clock = now
@@ -358,26 +376,19 @@ class Machine:
         if self._queue.high or self._queue.low:
             self.link.refill(now)
 
-    def _spin_for_gpu(self, now: int) -> Generator[Event, Any, int]:
+    def _spin_for_gpu(self, now: int) -> int:
         """Poll until everything submitted has run and its result is on the host."""
-        env, link, gpu = self.env, self.link, self.gpu
+        link, gpu = self.link, self.gpu
         readback = self.timing.host.readback_ns
-        if self._must_poll and env._now < now and (link.current is not None or self._coming):
-            yield env.timeout(now - env._now)
-        link.spin(now)
-        if self._must_poll:
-            self._poll(now)
-        if link.current is None and not self._coming:
-            link.spinning = False
-            return max(gpu.end(SETTLED) + readback, link.host_free)
+        self._begin_spin(now)
         while True:
-            done = gpu.end(link.known_until(env._now)) + readback
+            quiet = link.lands == NEVER and not self._coming
+            done = gpu.end(SETTLED if quiet else self._known_until(now)) + readback
             target = done if done > link.host_free else link.host_free
-            if target <= env._now:
-                break
-            yield env.timeout(target - env._now)
-        link.spinning = False
-        return env._now
+            if quiet or target <= now:
+                return target if target > now else now
+            now = target
+            self._advance(now)
 
     # ------------------------------------------------------------------ predictions, CPU
 
@@ -389,47 +400,29 @@ class Machine:
             return
         self._announced += 1
         heappush(self._coming, (now + cost, self._announced, prediction))
-        self.env.call_at(now + cost, POLL, self._predicted)
-
-    def _predicted(self, _: Event) -> None:
-        link = self.link
-        if not link.spinning:
-            return
-        if self.env._now >= link.spin_from:
-            self._poll(self.env._now)
-        else:
-            link.owe_poll()
 
     def _start_cpu(self, layer: int, wave: Wave, tokens: dict[int, int] | None, now: int) -> int:
         """The CPU workers take their experts; returns when the result is back."""
         size = len(wave.cpu)
         assigned = size if tokens is None else sum(tokens.get(key, 1) for key in wave.cpu)
         duration = self.timing.cpu_experts_ns(layer, size, assigned)
-        if self.link.current is not None:
+        if self.link.lands != NEVER:
             duration += duration * self.timing.cpu_slowdown_ppm // _PPM
         start = max(now, self._cpu_free)
         self._cpu_free = start + duration
         self.link.cpu_from, self.link.cpu_until = start, self._cpu_free
         return self._cpu_free
 
-    def _join_cpu(self, cpu_end: int, now: int) -> Generator[Event, Any, int]:
+    def _join_cpu(self, cpu_end: int, now: int) -> int:
         """Wait for the CPU's result and add it."""
-        env, link = self.env, self.link
+        link = self.link
         began = now
-        active = link.current is not None or bool(self._coming)
-        if env._now < now and active and (self._coming or self._queue.ready):
-            yield env.timeout(now - env._now)
-        link.spin(now)
-        self._poll(now)
-        if link.current is None and not self._coming:
-            now = max(cpu_end, link.host_free)
-        else:
-            while (target := max(cpu_end, link.host_free)) > env._now:
-                yield env.timeout(target - env._now)
-            now = env._now
-        link.spinning = False
+        self._begin_spin(now)
+        while (target := max(cpu_end, link.host_free)) > now:
+            now = target
+            self._advance(now)
         if cpu_end > began:
-            idle_from = max(began, self.gpu.end(link.known_until(now)))
+            idle_from = max(began, self.gpu.end(self._known_until(now)))
             self.stall_cpu += max(0, cpu_end - idle_from)
         now += self.timing.host.experts_launch_ns
         self.gpu.submit(now, self.timing.combine_ns(), self.timing.experts_slowdown_ppm, EXPERTS)

@@ -18,7 +18,6 @@ import numpy.typing as npt
 from policies.core import DecisionCore, Wave
 from policies.interface import Tally
 from policies.transfers import Copy
-from sim.clock import Clock
 from sim.gpu import EXPERTS, SETTLED, GpuStream
 from sim.link import Link
 from sim.machine import StepTimes, chunks_to_copy
@@ -229,7 +228,7 @@ class _EventClock:
     def __init__(self, timing: Timing, workload: Workload, window: int) -> None:
         self._host = timing.host
         # A link of its own that nobody asks for chunks: only its arithmetic is used.
-        self._link = Link(Clock(), _Nothing(), timing.link, window, timing.host.copy_issue_ns)
+        self._link = Link(_Nothing(), timing.link, window, timing.host.copy_issue_ns)
         self._gpu = GpuStream(self._link)
         self._quiet = QuietLink(
             timing, self._link, self._gpu, workload.num_layers, workload.num_experts

@@ -111,8 +111,8 @@ class CheckedMachine(Machine):
         inner = self.core.chunk_done
 
         def chunk_done(copy: Any) -> bool:
-            assert self.env.now >= self._last
-            self._last = self.env.now
+            assert self.clock >= self._last
+            self._last = self.clock
             size = copy.chunk_bytes[copy.landed]
             awaited = inner(copy)
             self.chunks += 1
@@ -120,7 +120,7 @@ class CheckedMachine(Machine):
             self._parts[copy] = self._parts.get(copy, 0) + size
             if copy.landed == copy.chunks:
                 assert self._parts.pop(copy) == sum(copy.chunk_bytes)
-                self.landed_at[copy.key] = self.env.now
+                self.landed_at[copy.key] = self.clock
             self.most_occupied = max(self.most_occupied, self.core.memory.occupied_bytes())
             return awaited
 

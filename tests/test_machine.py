@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from itertools import pairwise
 
 import numpy as np
@@ -11,8 +12,7 @@ from hypothesis import strategies as st
 
 import policies
 from policies.transfers import Copy
-from sim.clock import Clock
-from sim.link import Link
+from sim.link import NEVER, Link
 from sim.timing import HostCosts, LinkCosts
 from tests.given import LOSSY
 from tests.machines import FlatTiming, make_machine, random_workload, step_ns
@@ -105,19 +105,19 @@ def test_prefill_waves_thrash_in_id_order_only() -> None:
 
 
 class _Arrivals:
-    """A chunk source that is fed by arrivals and keeps each chunk's wait."""
+    """A chunk source that is fed by arrivals and keeps when each chunk was done."""
 
     def __init__(self) -> None:
-        self.queue: list[tuple[Copy, int]] = []
-        self.arrived: dict[int, int] = {}
-        self.done: dict[int, int] = {}
-        self.clock = Clock()
+        self.queue: deque[tuple[Copy, int]] = deque()
+        self.done: list[int] = []
+        self.now = 0
 
     def next_chunk(self) -> tuple[Copy, int] | None:
-        return self.queue.pop(0) if self.queue else None
+        return self.queue.popleft() if self.queue else None
 
     def chunk_done(self, copy: Copy) -> bool:
-        self.done[copy.key] = self.clock.now
+        assert copy.key == len(self.done)
+        self.done.append(self.now)
         return False
 
 
@@ -126,22 +126,22 @@ def test_a_link_at_poisson_load_waits_as_m_d_1_says(load: float) -> None:
     """Pollaczek-Khinchine for deterministic service: W = rho * S / (2 * (1 - rho))."""
     service, chunks = 1000, 60_000
     rng = np.random.default_rng(7)
-    instants = np.cumsum(np.rint(rng.exponential(service / load, chunks))).astype(int).tolist()
+    arrived = np.cumsum(np.rint(rng.exponential(service / load, chunks))).astype(int)
     source = _Arrivals()
-    link = Link(source.clock, source, LinkCosts(10**9, 0, 0), window=1, issue_ns=0)
-    link.spinning = True
+    link = Link(source, LinkCosts(10**9, 0, 0), window=1, issue_ns=0)
 
-    def arrivals():  # type: ignore[no-untyped-def]
-        for key, instant in enumerate(instants):
-            if instant > source.clock.now:
-                yield source.clock.timeout(instant - source.clock.now)
-            source.arrived[key] = instant
-            source.queue.append((Copy(key, 0, (service,), key, True), service))
-            link.refill(source.clock.now)
+    def until(instant: int) -> None:
+        while link.lands <= instant:
+            source.now = link.lands
+            link.land()
+            link.refill(source.now)
 
-    source.clock.process(arrivals())
-    source.clock.run()
-    waits = np.array([source.done[key] - source.arrived[key] - service for key in range(chunks)])
+    for key, instant in enumerate(arrived.tolist()):
+        until(instant)
+        source.queue.append((Copy(key, 0, (service,), key, True), service))
+        link.refill(instant)
+    until(NEVER - 1)
+    waits = np.array(source.done) - arrived - service
     expected = load * service / (2 * (1 - load))
     assert (waits >= 0).all()
     assert waits.mean() == pytest.approx(expected, rel=0.06)
