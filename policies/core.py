@@ -106,6 +106,7 @@ class DecisionCore:
         self._has_cpu = policy.miss_rule is not None and (
             type(policy.miss_rule).on_misses is not MissRule.on_misses
         )
+        self._takes_late = policy.miss_rule is not None and policy.miss_rule.takes_late
         #: cache rules are told the recorded events, neither routed anew nor shared with the CPU
         self.as_recorded = not (self._lossy or self._has_cpu)
         self._strict = options.order != "cached-first"
@@ -448,9 +449,12 @@ class DecisionCore:
             counters.late_copying += copying
             counters.late_queued += late - copying
         cpu: Keys = _NONE
-        if self._has_cpu and misses:
+        if self._has_cpu and (misses or self._takes_late):
             assert self._miss_rule is not None
-            cpu = list(self._miss_rule.on_misses(layer, misses, tokens or {}))
+            offered = misses
+            if self._takes_late:
+                offered = [key for key in keys if state[key] != RESIDENT]
+            cpu = list(self._miss_rule.on_misses(layer, offered, tokens or {}))
             counters.cpu += len(cpu)
             keys = [key for key in keys if key not in cpu]
             misses = [key for key in misses if key not in cpu]

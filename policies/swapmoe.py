@@ -20,10 +20,10 @@ Our readings:
   ``swaps`` copies a step are queued; one whose slot cannot be given up at once is queued anew.
 - In prefill and in batches all tokens of a step see one resident set, and all count.
 - Planning: the budget goes slot by slot to the layer where it retains most gate weight on the
-  requests set aside (``slots=greedy``), at least top-k each. ``frequency=0`` takes the longest of
-  ``FREQUENCIES`` whose retained weight there is within 0.5 % of the best: half of them give the
-  first importance, the other half judge. The paper profiles a model's accuracy and searches
-  genetically; gate weight is what a trace can tell.
+  requests set aside (``slots=greedy``), at least top-k each, as if its set never changed.
+  ``frequency=0`` takes the longest of ``FREQUENCIES`` whose retained weight there is within 0.5 %
+  of the best: half of them give the first importance, the other half judge. The paper profiles a
+  model's accuracy and searches genetically; gate weight is what a trace can tell.
 
 Counted: the weight of experts that were asked for and not computed (``lost_mass``), one unit a
 token and layer. Masking a layer changes the inputs of later ones, which a trace cannot show:
@@ -123,10 +123,15 @@ def most(importance: Floats, slots: Sequence[int]) -> Mask:
 
     Ties: lowest expert.
     """
+    return np.asarray(_ranks(importance) < np.asarray(slots)[:, None])
+
+
+def _ranks(importance: Floats) -> npt.NDArray[np.int64]:
+    """Each expert's place in its layer, 0 for the most important."""
     order = (-importance).argsort(axis=1, kind="stable")
     ranks = np.empty_like(order)
     np.put_along_axis(ranks, order, np.arange(importance.shape[1])[None], 1)
-    return np.asarray(ranks < np.asarray(slots)[:, None])
+    return ranks
 
 
 def in_turn(members: Mask, importance: Floats, *, best_first: bool) -> list[int]:
@@ -191,7 +196,10 @@ class VirtualExperts(CacheRule):
         return {"frequency": self.frequency, "slots_by_layer": self.slots}
 
     def worth(self, fit: Recorded, shape: Shape) -> npt.NDArray[np.int64]:
-        """Gate weight that the most important 0 to E experts of each layer retain, per million."""
+        """Gate weight that the most important 0 to E experts of each layer would retain for good.
+
+        In units of 2**-20 of a token's weight, the mean over tokens.
+        """
         gates = self._gates
         order = (-self._prior).argsort(axis=1, kind="stable")
         mass = np.take_along_axis(gates.sums(gates.weights), order, 1)
@@ -218,7 +226,7 @@ class VirtualExperts(CacheRule):
         values = weights * self._factors[layer][experts]
         if norms is not None:
             values *= np.asarray(norms, np.float64)[:, None]
-        if len(experts) == 1 and -1 not in experts:
+        if len(experts) == 1 and -1 not in experts[0].tolist():
             self.importance[layer, experts[0]] += values[0]
             return
         there = experts >= 0
@@ -437,16 +445,26 @@ def plan_frequency(gates: Gates, slots: Sequence[int], decay: float, swaps: int)
     The first half of the steps gives the first importance, the second half judges (at most
     2,000 steps).
     """
-    steps = int(gates.step_of_row[-1]) + 1 if len(gates.step_of_row) else 0
-    if steps < 2:
-        return FREQUENCIES[-1]
-    half = int(np.searchsorted(gates.step_of_row, steps // 2))
-    stop = int(np.searchsorted(gates.step_of_row, steps // 2 + _MOST_STEPS))
-    prior = start_importance(gates.rows(slice(0, half)), decay)
-    judging = gates.rows(slice(half, stop))
+    prior, judging = _halves(gates, decay)
     retained = [_retained(judging, prior, slots, decay, each, swaps) for each in FREQUENCIES]
     enough = max(retained) * (1 - _WORTH)
     return max(f for f, mass in zip(FREQUENCIES, retained, strict=True) if mass >= enough)
+
+
+def _halves(gates: Gates, decay: float) -> tuple[Floats, Gates]:
+    """Importance after the first half of the steps, and the second half, at most 2,000 steps."""
+    steps = int(gates.step_of_row[-1]) + 1
+    half = int(np.searchsorted(gates.step_of_row, steps // 2))
+    stop = int(np.searchsorted(gates.step_of_row, steps // 2 + _MOST_STEPS))
+    return start_importance(gates.rows(slice(0, half)), decay), gates.rows(slice(half, stop))
+
+
+def _bounds(gates: Gates) -> list[int]:
+    """Where each step's rows begin and, last, where they end."""
+    found: list[int] = np.flatnonzero(
+        np.diff(gates.step_of_row, prepend=-1, append=np.iinfo(np.int64).max)
+    ).tolist()
+    return found
 
 
 def start_importance(gates: Gates, decay: float) -> Floats:
@@ -462,10 +480,9 @@ def _retained(
     resident = most(importance, slots)
     flat = resident.reshape(-1)
     layer = np.arange(resident.shape[0])[:, None]
-    bounds = np.flatnonzero(np.diff(gates.step_of_row, prepend=-1, append=-1)).tolist()
     coming: list[tuple[int, int]] = []
     mass = 0.0
-    for step, (lo, hi) in enumerate(pairwise(bounds)):
+    for step, (lo, hi) in enumerate(pairwise(_bounds(gates))):
         if step and step % frequency == 0:
             target = most(importance, slots)
             newcomers = in_turn(target & ~resident, importance, best_first=True)

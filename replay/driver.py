@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from policies.core import DecisionCore
 from policies.interface import Prediction
@@ -22,15 +23,13 @@ Predict = Callable[[Prediction], None]
 
 
 class Driver:
-    """Turns gates into launches. ``drain`` waits until the device has run all that was launched."""
+    """Turns gates into launches, and looks after copies and predictions whenever the host waits."""
 
-    def __init__(
-        self, core: DecisionCore, copies: CopyEngine, drain: Callable[[], None], touch_order: str
-    ) -> None:
+    def __init__(self, core: DecisionCore, copies: CopyEngine, touch_order: str) -> None:
         self.core = core
         self.copies = copies
-        self._drain = drain
         self._touch_order = touch_order
+        self._reached = torch.cuda.Event() if copies.cuda else None
         self._experts = core.shape.experts
         self._previous = -1
         #: predictions whose predictor is at work, with the test whether it has finished
@@ -78,8 +77,17 @@ class Driver:
                 self._as_they_land(wave.waiting, launch)
             if wave.last:
                 return
-            self._drain()
+            self.wait()
             wave = core.next_wave()
+
+    def wait(self) -> None:
+        """Spin until the device has run everything that was launched."""
+        event = self._reached
+        if event is None:
+            return
+        event.record()
+        while not event.query():
+            self.spin()
 
     def spin(self) -> None:
         """What the host does whenever it waits: landings, finished predictions, refills."""

@@ -50,8 +50,10 @@ class EagerEngine:
         slots = sum(core.plan.capacity) + core.plan.staging_slots
         self.pool = SlotPool(store.layout, slots, device)
         self.copies = CopyEngine(core, store, self.pool, window)
-        self.driver = Driver(core, self.copies, self._drain, touch_order)
+        self.driver = Driver(core, self.copies, touch_order)
         self.forced: Sequence[np.ndarray] | None = None
+        #: pass the hidden states through: no event, no experts (to warm up)
+        self.idle = False
         self._warm(store)
 
     def __enter__(self) -> EagerEngine:
@@ -73,13 +75,15 @@ class EagerEngine:
 
     def end_step(self, ends: Sequence[int] = ()) -> None:
         """After a forward pass, once its result is on the host."""
-        self._drain()
+        self.driver.wait()
         self.driver.end_step(ends)
 
     def experts(
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """What the experts module returns, [rows, H], for ids and weights [rows, k]."""
+        if self.idle:
+            return torch.zeros_like(hidden)
         rows, top_k = ids.shape
         on_host = ids.cpu().numpy() if self.forced is None else self.forced[layer]
         out = torch.empty(
@@ -146,10 +150,6 @@ class EagerEngine:
             module._parameters.update(kept)
             module.num_experts = experts
         return result
-
-    def _drain(self) -> None:
-        if self.pool.memory.is_cuda:
-            torch.cuda.current_stream().synchronize()
 
     def _warm(self, store: ExpertStore) -> None:
         """The policy's warm set is there before the clock starts."""

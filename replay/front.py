@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from configs.figure_style import BLUE, GREY, INK, ORANGE, STYLE, save_figure
 
 _INCHES_A_PANEL, _HEIGHT_INCHES = 4.6, 3.6
+_LOWEST = 0.9  # of the unmodified perplexity: where the axis begins
 
 
 def draw_front(result: dict[str, Any], directory: Path, stem: str) -> list[Path]:
@@ -52,8 +53,8 @@ def _draw_quality(axes: Axes, result: dict[str, Any], budgets: Sequence[dict[str
     axes.set_title(f"Quality: {result['model']}, {result['tokens']:,} tokens")
     axes.set_xlabel("expert budget, % of all experts")
     axes.set_ylabel("perplexity (label: next-token agreement)")
-    axes.set_ylim(0, max(perplexity) * 1.15)
-    axes.legend(loc="lower left")
+    axes.set_ylim(_LOWEST * own, max(perplexity) * 1.1)
+    axes.legend(loc="upper right")
 
 
 def _draw_time(axes: Axes, result: dict[str, Any], budgets: Sequence[dict[str, Any]]) -> None:
@@ -63,7 +64,7 @@ def _draw_time(axes: Axes, result: dict[str, Any], budgets: Sequence[dict[str, A
     axes.set_title(f"Time: {result['simulated']['geometry']}")
     axes.set_xlabel("expert budget, % of all experts")
     axes.set_ylabel("TPOT, ms (simulated)")
-    axes.set_ylim(0)
+    axes.set_ylim(0, 1.15 * max(each["lru_tpot_ms"] for each in budgets))
     last = budgets[0]
     axes.annotate(
         "lru, lossless", (share[0], last["lru_tpot_ms"]), (8, 2), "data",
@@ -83,15 +84,22 @@ def _draw_front(axes: Axes, result: dict[str, Any], budgets: Sequence[dict[str, 
         quality = [perplexity or each["perplexity"] for each in budgets]
         label = result["policy"] if name == "tpot_ms" else "lru, lossless"
         axes.plot(times, quality, color=colour, marker=marker, linestyle="none", label=label)
+        steep = name == "lru_tpot_ms"
         for x, y, each in zip(times, quality, budgets, strict=True):
-            _label(axes, x, y, each["budget"])
+            _label(axes, x, y, each["budget"], left=not steep, steep=steep)
     axes.set_title(f"Front: {result['simulated']['hardware']}")
     axes.set_xlabel("TPOT, ms (simulated; label: expert budget)")
     axes.set_ylabel("perplexity")
-    axes.set_xlim(0)
-    axes.set_ylim(0, max(each["perplexity"] for each in budgets) * 1.15)
+    axes.set_xlim(0, 1.1 * max(each["lru_tpot_ms"] for each in budgets))
+    axes.set_ylim(_LOWEST * own, max(each["perplexity"] for each in budgets) * 1.1)
     axes.legend(loc="upper right")
 
 
-def _label(axes: Axes, x: float, y: float, text: str) -> None:
-    axes.annotate(text, (x, y), (5, 5), "data", textcoords="offset points", color=INK, fontsize=8)
+def _label(
+    axes: Axes, x: float, y: float, text: str, *, left: bool = False, steep: bool = False
+) -> None:
+    offset, side = ((-6, -3), "right") if left else ((4, 6), "left")
+    axes.annotate(
+        text, (x, y), offset, "data",
+        textcoords="offset points", ha=side, color=INK, fontsize=8, rotation=45 if steep else 0,
+    )  # fmt: skip

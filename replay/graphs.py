@@ -19,11 +19,9 @@ from transformers import StaticCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from configs.errors import UserError
-from policies.core import DecisionCore
 from replay.driver import Driver
 from replay.kernels import GatedExperts, gated_experts
-from replay.slots import CopyEngine, SlotPool
-from replay.store import ExpertStore
+from replay.slots import SlotPool
 
 IMPLEMENTATION = "moesim_capture"
 
@@ -153,38 +151,21 @@ class GroupLaunches:
 
 
 class GraphEngine:
-    """Decodes with captured segments; ``core`` decides. One request batch of ``rows``.
+    """Decodes with captured segments. One request batch of the captured step's rows.
 
+    ``driver`` and ``pool`` are those of the engine that prefills: the cache of experts is one.
     ``forced``: expert ids by layer to execute instead of the model's own, int [layers, rows, k].
     """
 
     def __init__(
-        self,
-        model: Any,
-        modules: Sequence[Any],
-        store: ExpertStore,
-        core: DecisionCore,
-        pool: SlotPool,
-        step: CapturedStep,
-        launches: GroupLaunches,
-        *,
-        window: int = 2,
-        touch_order: str = "last-use",
+        self, driver: Driver, pool: SlotPool, step: CapturedStep, launches: GroupLaunches
     ) -> None:
-        self.core = core
-        self.step = step
+        self.driver = driver
         self.pool = pool
-        self.copies = CopyEngine(core, store, pool, window)
-        self.driver = Driver(core, self.copies, self._drain, touch_order)
+        self.step = step
         self.forced: np.ndarray | None = None
         self._launches = launches
-        self._ready = torch.cuda.Event()
-        self._experts = core.shape.experts
-        self._slot_row = np.full(core.shape.experts, -1, np.int32)
-        experts = core.shape.experts
-        for key, slot in core.memory.slot_of.items():
-            pool.memory[slot].copy_(store.expert(*divmod(key, experts)))
-        torch.cuda.synchronize()
+        self._experts = driver.core.shape.experts
 
     def decode(self, step: int, begins: Sequence[int] = (), ends: Sequence[int] = ()) -> None:
         """One step: the token in ``step.token`` goes in, the next one is there when it returns."""
@@ -192,15 +173,15 @@ class GraphEngine:
         driver.begin_step(step, "decode", begins)
         for layer, edge in enumerate(captured.boundaries):
             captured.graphs[layer].replay()
-            self._wait()
+            driver.wait()
             ids = edge.ids_on_host if self.forced is None else self.forced[layer]
             self._event(layer, ids)
         captured.graphs[-1].replay()
-        self._wait()
+        driver.wait()
         driver.end_step(ends)
 
     def _event(self, layer: int, ids: np.ndarray) -> None:
-        slot_of = self.core.memory.slot_of
+        slot_of = self.driver.core.memory.slot_of
         base = layer * self._experts
         flat = ids.reshape(-1).tolist()
         slots = self._launches.slots[layer]
@@ -214,17 +195,6 @@ class GraphEngine:
             group += 1
 
         self.driver.event(layer, ids, launch)
-
-    def _wait(self) -> None:
-        """Spin until the device has run everything; landings and refills are looked after."""
-        event = self._ready
-        event.record()
-        spin = self.driver.spin
-        while not event.query():
-            spin()
-
-    def _drain(self) -> None:
-        self._wait()
 
 
 def require_kernels(modules: Sequence[Any], views: dict[str, torch.Tensor]) -> list[GatedExperts]:

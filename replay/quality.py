@@ -140,13 +140,15 @@ def measure(loaded: Loaded, texts: Sequence[Prompt], job: Job, tell: Tell) -> di
     # The tap is not entered before the pieces set aside are read.
     tap = RoutingTap(model, _GATE_COLUMNS)
     assert tap.gate is not None
-    tell(f"reading {len(fitted)} pieces set aside")
-    fit = _record(model, tap, fitted, shape)
+    fit = None
+    if info.learns(options):
+        tell(f"reading {len(fitted)} pieces set aside")
+        fit = _record(model, tap, fitted, shape)
     runs = [
         _prepare(job, info, params, options, shape, geometry, fit, model, b) for b in job.budgets
     ]
     if reroutes(runs[0].run.core.policy):
-        check_gates(fit, loaded.name)
+        check_gates(fit or _record(model, tap, fitted, shape), loaded.name)
     low = _low_parameters(model, info.low_dtype(params))
     with LossyModel(model, tap.gate, low) as lossy:
         for index, piece in enumerate(judged):
@@ -318,26 +320,31 @@ def _prepare(
     options: Options,
     shape: Shape,
     geometry: Geometry,
-    fit: Recording,
+    fit: Recording | None,
     model: Any,
     budget: tuple[str | None, str | None],
 ) -> Measured:
     memory = _memory(geometry, job, *budget)
     signals = LiveSignals()
-    counted = np.bincount(np.asarray(fit.events.keys), minlength=shape.layers * shape.experts)
     data = PolicyData(
         shape,
         columns=COLUMNS,
-        popularity=counted.reshape(shape.layers, shape.experts) if info.fitted else None,
+        popularity=None if fit is None else _popularity(fit, shape),
         seed=job.seed,
         signals=signals,
-        fit=fit if info.fitted else None,
+        fit=fit,
         expert_norms=expert_norms(model),
     )
     policy = info.build(params, data)
     plan = plan_policy(shape, policy, options, memory.expert_bytes, fit)
     core = DecisionCore(shape, plan, policy, options, signals=signals)
     return Measured(str(budget[0] or budget[1]), memory, LossyRun(core, signals))
+
+
+def _popularity(fit: Recording, shape: Shape) -> npt.NDArray[np.int64]:
+    """Steps that needed each expert, [L, E]."""
+    counted = np.bincount(np.asarray(fit.events.keys), minlength=shape.layers * shape.experts)
+    return counted.reshape(shape.layers, shape.experts).astype(np.int64)
 
 
 def _low_parameters(model: Any, dtype: str | None) -> list[dict[str, torch.Tensor]] | None:

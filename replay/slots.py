@@ -54,8 +54,8 @@ class CopyEngine:
         self._pool = pool
         self._window = window
         self._flights: deque[_Flight] = deque()
-        self._cuda = pool.memory.is_cuda
-        self._stream = torch.cuda.Stream() if self._cuda else None
+        self.cuda = pool.memory.is_cuda
+        self._stream = torch.cuda.Stream() if self.cuda else None
         self._idle_events: list[Any] = []
         self.issued_ns = 0
         self.chunks = 0

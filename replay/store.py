@@ -39,9 +39,11 @@ class ExpertStore:
             ) from error
         self._registered = False
         if register:
-            self._register(size)
+            self.register()
 
-    def _register(self, size: int) -> None:
+    def register(self) -> None:
+        """Pin the buffer for the copy engine."""
+        size = self.memory.numel()
         status = torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), size, 0)
         if int(status) != 0:
             raise UserError(
