@@ -29,10 +29,16 @@ def draft_of(path: Path) -> Path:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` under a name that readers ignore, then rename it to `path`."""
+    """Write `data` under a name that readers ignore, then rename it to `path`.
+
+    An OSError, such as that of a full disk, names the file.
+    """
     draft = draft_of(path)
     try:
         draft.write_bytes(data)
         os.replace(draft, path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         draft.unlink(missing_ok=True)

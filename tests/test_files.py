@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,16 @@ def test_a_file_that_cannot_be_replaced_stays(
         write_atomically(tmp_path / "a.txt", b"two")
     assert (tmp_path / "a.txt").read_bytes() == b"one"
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_atomically(tmp_path / "a.txt", b"one")
+    assert caught.value.filename == str(tmp_path / "a.txt")
 
 
 def test_the_directory_of_a_figure_is_made(tmp_path: Path) -> None:

@@ -468,6 +468,20 @@ def test_a_trace_of_one_token_can_be_drawn(tmp_path: Path) -> None:
     assert "look-ups" in rendered(trace)
 
 
+def test_a_model_of_one_moe_layer_has_no_later_gate(tmp_path: Path) -> None:
+    trace = make_trace(tmp_path / "t", layers=1, columns=["weights", "lookahead_1"])
+    summary = inspect_trace(trace)
+    assert "predictions" in missing_topics(summary)
+    draw_topics(summary, subject(trace), tmp_path / "figures")
+    assert "nan" not in rendered(trace)
+
+
+def test_a_trace_in_which_no_layer_ran(tmp_path: Path) -> None:
+    trace = write_steps(tmp_path / "t", [(DECODE, [0], [[-1, -1]])])
+    with pytest.raises(UserError, match="no layer ran for any token"):
+        inspect_trace(trace)
+
+
 def test_json_holds_every_table_and_no_nan(tiny_trace: Trace) -> None:
     summary = inspect_trace(tiny_trace)
     content = json.loads(json.dumps(as_json(tiny_trace, summary), allow_nan=False))

@@ -415,6 +415,14 @@ def test_existing_weights_are_kept(tmp_path):
     assert out.read_bytes() == b"precious"
 
 
+def test_a_shipped_sample_stays_as_it_is(trained):
+    sample = Trace.open("sample")
+    before = sorted(path for path in sample.path.rglob("*"))
+    with pytest.raises(UserError, match=r"is a shipped sample .*moesim subset olmoe-twin --out"):
+        train_predictor(sample, Options(stride=3))
+    assert sorted(path for path in sample.path.rglob("*")) == before
+
+
 def test_unknown_token_ids_cannot_be_split(tmp_path):
     with TraceWriter(
         tmp_path / "t",

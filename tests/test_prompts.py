@@ -64,6 +64,8 @@ def test_public_prompt_sets_are_read(shared):
         ('{"question": "x"}', "line 1: no field text or prompt among question; name it by --field"),
         ('{"messages": []}', "line 1: messages must be a list of objects with role and content"),
         ('{"messages": [{"role": "user"}]}', "line 1: messages must be a list of objects"),
+        ('{"text": "x \\ud800"}', r"line 1: '\ud800' is half a character"),
+        ('{"text": "x", "domain": "\\udfff"}', r"line 1: '\udfff' is half a character"),
         ("\n", "holds no prompts"),
     ],
 )
@@ -92,7 +94,12 @@ def test_an_absent_prompt_file_is_named(tmp_path):
         ("p.jsonl", b'{"turns": ["x"]}', {"field": "turns.1"}, "turns.1 None must be a text"),
         ("p.jsonl", b'{"text": "x"}', {"limit": 0}, "limit 0: give 1 or more"),
         ("p.jsonl.gz", b"x", {}, "not a whole gzip file"),
+        ("p.jsonl.gz", gzip.compress(b"x")[:10] + b"\xff" * 9, {}, "not a whole gzip file"),
         ("p.csv", b"question\nx\n", {}, "line 2: no field text or prompt among question"),
+        ("p.csv", b'text\n"never closed\nmore\n', {}, "not valid CSV (unexpected end of data)"),
+        ("p.csv", b"text\nan answer, cut\n", {}, "line 2: more fields than columns"),
+        ("p.csv", b"text,text\na,b\n", {}, "line 1: a column is named twice"),
+        ("p.jsonl", b'{"text": "x"}', {"field": ""}, "--field is empty"),
     ],
 )
 def test_files_that_do_not_fit_are_named(tmp_path, name, content, options, message):
@@ -103,7 +110,18 @@ def test_files_that_do_not_fit_are_named(tmp_path, name, content, options, messa
 
 
 def test_a_text_is_one_prompt_or_one_a_line():
-    assert text_prompts("a\nb\n", "stdin") == [{"domain": None, "text": "a\nb\n"}]
-    assert [p["text"] for p in text_prompts("a\n\nb", "stdin", lines=True)] == ["a", "b"]
+    assert text_prompts(b"a\nb\n", "stdin") == [{"domain": None, "text": "a\nb\n"}]
+    assert [p["text"] for p in text_prompts(b"a\n\nb", "stdin", lines=True)] == ["a", "b"]
+    assert len(text_prompts(b"a\nb\nc", "stdin", lines=True, limit=2)) == 2
     with pytest.raises(UserError, match="stdin: holds no prompts"):
-        text_prompts(" \n", "stdin")
+        text_prompts(b" \n", "stdin")
+    with pytest.raises(UserError, match="stdin: not UTF-8"):
+        text_prompts(b"\xff\xfe", "stdin")
+    with pytest.raises(UserError, match="limit -1: give 1 or more"):
+        text_prompts(b"a\nb", "stdin", lines=True, limit=-1)
+
+
+def test_a_csv_field_may_be_long(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text('text\n"' + "word " * 40_000 + '"\n')
+    assert len(read_prompts(path)[0]["text"]) == 200_000

@@ -388,6 +388,51 @@ def test_memory_is_bounded_by_the_shard(model_dir, tmp_path):
     assert max(rows) <= 2 + 4  # a step is never cut: the longer prompt has 4 tokens
 
 
+def edit_config(model_dir, **changes):
+    path = model_dir / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_weights_that_are_not_there_are_not_drawn_at_random(model_dir, tmp_path):
+    edit_config(model_dir, num_hidden_layers=5)
+    with pytest.raises(UserError, match=r"its files lack \d+ weights, such as model\.layers\.4\."):
+        record(model_dir, PROMPTS, tmp_path / "out", options())
+    edit_config(model_dir, num_hidden_layers=4, num_experts=6)
+    with pytest.raises(UserError, match=r"is \[8, .*\] in its files, .* asks for \[6, "):
+        record(model_dir, PROMPTS, tmp_path / "out", options())
+    edit_config(model_dir, num_experts="many")
+    with pytest.raises(UserError, match="num_experts"):
+        record(model_dir, PROMPTS, tmp_path / "out", options())
+    edit_config(model_dir, num_experts=-1)
+    with pytest.raises(UserError, match="no causal language model"):
+        record(model_dir, PROMPTS, tmp_path / "out", options())
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_were_cut_off(model_dir, tmp_path):
+    weights = model_dir / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="its weights cannot be loaded"):
+        record(model_dir, PROMPTS, tmp_path / "out", options())
+
+
+def test_what_cannot_be_written_is_told_before_the_weights_are_loaded(model_dir, tmp_path):
+    (model_dir / "model.safetensors").unlink()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="file is no directory that can be written"):
+        record(model_dir, PROMPTS, tmp_path / "file" / "out", options())
+
+
+def test_a_template_that_refuses_is_told(model_dir, tmp_path):
+    prompts = [{"domain": None, "text": "", "messages": [{"role": "user", "content": None}]}]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
+    for template in ("{{ raise_exception('no') }}", "{% for", "{{ 'a' + messages[0].content }}"):
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(model_dir)
+        with pytest.raises(UserError, match=r"prompt 1: the chat template of .* refuses"):
+            record(model_dir, prompts, tmp_path / "out", options())
+
+
 def test_chats_go_through_the_template(model_dir, tmp_path):
     prompts = [{"domain": None, "text": "", "messages": [{"role": "user", "content": "t5 t9"}]}]
     with pytest.raises(UserError, match=r"prompt 1 has messages, .* no chat template"):
@@ -436,6 +481,7 @@ def test_draws_stay_in_the_nucleus_and_follow_the_probabilities():
         ({"shard_rows": 0}, "shard_rows 0"),
         ({"sampling": (-1.0,)}, "temperature -1.0"),
         ({"sampling": (float("nan"),)}, "temperature nan"),
+        ({"sampling": (5e-324,)}, "temperature 5e-324"),
         ({"sampling": (1.0, 0.0)}, "top_p 0.0"),
         ({"sampling": (1.0, 1.5)}, "top_p 1.5"),
         ({"sampling": (1.0, 1.0, -1)}, "seed -1"),

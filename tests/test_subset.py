@@ -10,6 +10,7 @@ import pytest
 from configs.errors import UserError
 from tests.traces import make_trace
 from tracer.commands.subset import _parse_requests
+from tracer.manifest import TrainedPredictor, read_manifest, write_manifest
 from tracer.subset import Choice, subset
 from tracer.trace import Trace
 
@@ -85,8 +86,36 @@ def test_thinned_gate_inputs_train_no_predictor(tmp_path: Path) -> None:
         train_predictor(thin, Options(stride=1, epochs=1))
 
 
+def test_the_weights_of_a_predictor_stay_with_the_whole_trace(tmp_path: Path) -> None:
+    whole = make_trace(tmp_path / "whole", columns=["weights", "learned_1"])
+    manifest = read_manifest(whole.path)
+    predictor = TrainedPredictor(
+        column="learned_1",
+        kind="promoe",
+        stride=1,
+        hidden_units=1,
+        seed=0,
+        trained_requests=(0, 2),
+        weights_file="predictors/promoe_s1.safetensors",
+        weights_sha256="0" * 64,
+    )
+    write_manifest(whole.path, manifest.model_copy(update={"predictors": (predictor,)}))
+    part = subset(Trace.open(whole.path), tmp_path / "part", Choice(requests=(0, 1)))
+    (kept,) = part.manifest.predictors
+    assert kept.weights_file == "promoe_s1.safetensors"
+    assert kept.trained_requests == (0,)
+
+
+def test_a_part_of_a_recording_that_broke_off_says_so(tmp_path: Path) -> None:
+    whole = make_trace(tmp_path / "whole")
+    broken = read_manifest(whole.path).model_copy(update={"complete": False, "requests": None})
+    write_manifest(whole.path, broken)
+    part = subset(Trace.open(whole.path), tmp_path / "part", Choice(requests=(1,)))
+    assert "a recording that broke off" in part.manifest.recording.notes
+
+
 def test_ranges_of_requests() -> None:
     assert _parse_requests("0-2, 7") == (0, 1, 2, 7)
-    for text in ("", "a", "3-", "-3", "5-2"):
+    for text in ("", "a", "3-", "-3", "5-2", "1,5-2", "0-99999999999"):
         with pytest.raises(UserError, match="--requests"):
             _parse_requests(text)

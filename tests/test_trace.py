@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from configs.errors import UserError
 from tests.traces import ALL_COLUMNS, make_geometry, make_trace, random_columns, random_ids
 from tracer.columns import SQRT_U8_MAX_ABS_ERROR
-from tracer.manifest import sha256_of
+from tracer.manifest import TrainedPredictor, sha256_of, write_manifest
 from tracer.trace import DECODE, Trace, TraceWriter, append_column, list_samples, load_arrays
 
 # Writing and reading
@@ -810,6 +810,30 @@ def test_a_manifest_without_the_digest_of_its_geometry_is_not_checked(victim: Pa
     edit_manifest(victim, lambda m: m["geometry"].update(expert_bytes_by_layer=[1, 1, 1]))
     load_all(victim)
     assert Trace.open(victim).digest != before.digest
+
+
+def test_who_trained_a_predictor_cannot_be_edited(tmp_path: Path) -> None:
+    trace = make_trace(tmp_path / "t", columns=["weights", "learned_1"])
+    predictor = TrainedPredictor(
+        column="learned_1",
+        kind="promoe",
+        stride=1,
+        hidden_units=1,
+        seed=0,
+        trained_requests=(0, 2),
+        weights_file="promoe_s1.safetensors",
+        weights_sha256="0" * 64,
+    )
+    listed = trace.manifest.model_copy(update={"predictors": (predictor,)})
+    write_manifest(trace.path, listed)
+    assert Trace.open(trace.path).manifest.predictor_of("learned_1") == predictor
+    assert Trace.open(trace.path).digest != trace.digest
+    edit_manifest(trace.path, lambda m: m["predictors"][0].update(trained_requests=[]))
+    assert "predictors differs from its digest (predictors_sha256); restore it" in complaint(
+        trace.path
+    )
+    edit_manifest(trace.path, lambda m: m.pop("predictors_sha256"))
+    assert Trace.open(trace.path).digest != listed.digest
 
 
 def test_an_added_column_keeps_the_digest_of_the_geometry(victim: Path) -> None:

@@ -111,7 +111,7 @@ def test_ids_and_weights_alone_unless_more_is_asked_for(moesim, model_dir, promp
 
 def test_a_text_from_stdin(moesim, model_dir, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    monkeypatch.setattr(sys, "stdin", io.StringIO("t5 t9\nt7\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"t5 t9\nt7\n")))
     options = ("--max-new-tokens", 2, "--device", "cpu", "--lines")
     assert moesim("trace", "--model", model_dir, "--text-stdin", "--out", out, *options)[0] == 0
     assert Trace.open(out).requests()["prompt_tokens"].tolist() == [2, 1]
@@ -132,6 +132,8 @@ def test_a_text_from_stdin(moesim, model_dir, tmp_path, monkeypatch):
         (["--max-new-tokens", "64"], "exceed the model's context of 64"),
         (["--batch-size", "0"], "batch_size 0: give 1 or more"),
         (["--limit", "0"], "limit 0: give 1 or more"),
+        (["--record", "lookahead=\u00b2"], "--record 'lookahead=\u00b2': choose of"),
+        (["--field", ""], "--field is empty"),
     ],
 )
 def test_options_that_do_not_fit(moesim, model_dir, prompts, tmp_path, options, message):

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from configs.errors import UserError
 from tracer.adapters import find_moe_blocks
@@ -51,28 +54,62 @@ class Loaded:
                 " template; give texts"
             )
         else:
-            encoded = self.tokenizer.apply_chat_template(
-                prompt["messages"], add_generation_prompt=True, tokenize=True, return_dict=True
-            )
-            ids = list(encoded["input_ids"])
+            ids = self._tokenize_chat(prompt["messages"], index)
         if not ids:
             raise UserError(f"prompt {index + 1} has no tokens: give it a text")
         return ids
 
+    def _tokenize_chat(self, messages: list[dict[str, Any]], index: int) -> list[int]:
+        try:
+            encoded = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True
+            )
+        # TypeError: of what the template does with a content that is no text.
+        except (jinja2.TemplateError, TypeError) as error:
+            raise UserError(
+                f"prompt {index + 1}: the chat template of {self.name} refuses its messages"
+                f" ({_line(error)}); mend them"
+            ) from error
+        return list(encoded["input_ids"])
+
     def weights(self) -> Any:
-        """Load the model to its device. Raises UserError where it does not fit or is broken."""
+        """Load the model to its device.
+
+        Raises UserError where it does not fit, is broken, or lacks weights that the configuration
+        asks for: transformers would draw those at random.
+        """
         dtype: Any = DTYPES.get(self.dtype, "auto")
         # By way of `device_map` a GPU's weights do not all pass through the host's memory.
         place = {"device_map": self.device} if self.device != "cpu" else {}
+        loader: Any = transformers.AutoModelForCausalLM
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                self.source, dtype=dtype, trust_remote_code=self.trust_remote_code, **place
+            model, found = loader.from_pretrained(
+                self.source,
+                dtype=dtype,
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told by name below
+                **place,
             )
         except torch.OutOfMemoryError as error:
             raise UserError(f"{self.name} does not fit into the memory of {self.device}") from error
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{self.name}: its weights cannot be loaded: {_line(error)}") from error
+        self._refuse_random(found)
         return model.eval()
+
+    def _refuse_random(self, found: dict[str, Any]) -> None:
+        if found["missing_keys"]:
+            raise UserError(
+                f"{self.name}: its files lack {len(found['missing_keys'])} weights, such as"
+                f" {min(found['missing_keys'])}; fetch them, or mend config.json"
+            )
+        if found["mismatched_keys"]:
+            name, there, asked = min(found["mismatched_keys"])
+            raise UserError(
+                f"{self.name}: {name} is {list(there)} in its files, and config.json asks for"
+                f" {list(asked)}; mend config.json"
+            )
 
 
 def load_model(
@@ -123,7 +160,7 @@ def _config(source: str, name: str, trust_remote_code: bool) -> Any:
         return transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise UserError(_unreachable(source, name, "config.json")) from error
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:
         hint = "; --trust-remote-code runs it" if "trust_remote_code" in str(error) else ""
         message = _line(error) if not hint else "the model comes with code of its own"
         raise UserError(f"{name}: {message}{hint}") from error
@@ -154,7 +191,7 @@ def _refuse_uncovered(config: Any, name: str, trust_remote_code: bool) -> None:
             skeleton = transformers.AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code
             )
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise UserError(f"{name}: no causal language model ({_line(error)})") from error
     find_moe_blocks(skeleton)
 

@@ -122,8 +122,9 @@ class Manifest(_Record):
 
     `expert_norms` is [L][E], the norm of each expert's weights if known; `parts` an expert's
     matrices if known. `complete` is false until the writer was closed: a recording that was killed
-    keeps what `shards` lists. `geometry_sha256` is the digest of `geometry` as the file has it;
-    `write_manifest` sets it, and a manifest without it is not checked.
+    keeps what `shards` lists. `geometry_sha256` and `predictors_sha256` are the digests of
+    `geometry` and `predictors` as the file has them; `write_manifest` sets them, and a manifest
+    without them is not checked.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -140,6 +141,7 @@ class Manifest(_Record):
     timings: tuple[TimingsFile, ...] = ()
     requests: RequestsFile | None = None
     predictors: tuple[TrainedPredictor, ...] = ()
+    predictors_sha256: str | None = Field(default=None, pattern=_SHA256)
     complete: bool = False
 
     @model_validator(mode="after")
@@ -190,9 +192,9 @@ class Manifest(_Record):
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the geometry and the digests of all listed files but the timings.
+        """SHA-256 over what is simulated: the geometry, the files, and who trained predictors.
 
-        Timings differ from run to run, and nothing that is simulated reads them.
+        Not over the timings, which differ from run to run and are read by no simulation.
         """
         files = sorted((shard.file, shard.sha256) for shard in self.shards)
         requests = self.requests.sha256 if self.requests else None
@@ -201,6 +203,8 @@ class Manifest(_Record):
             "files": files,
             "requests": requests,
         }
+        if self.predictors:
+            content["trained_requests"] = {p.column: p.trained_requests for p in self.predictors}
         return sha256_of(json.dumps(content, sort_keys=True).encode())
 
 
@@ -213,7 +217,8 @@ def read_manifest(trace_dir: Path) -> Manifest:
     """Read and check `trace_dir/manifest.json`.
 
     Raises UserError where it is absent, cut off, of an unknown schema version, or where a field is
-    missing, unknown or of the wrong type, and where the geometry is not the one that was written.
+    missing, unknown or of the wrong type, and where geometry or predictors are not those that were
+    written.
     """
     path = trace_dir / MANIFEST_FILE
     if not path.is_file():
@@ -226,22 +231,22 @@ def read_manifest(trace_dir: Path) -> Manifest:
         raise UserError(f"{path}: not valid JSON ({error}); restore it from the source") from error
     _check_version(path, content)
     manifest = validated(Manifest, content, str(path))
-    _check_geometry(path, manifest.geometry_sha256, content["geometry"])
+    mend = "restore it, or pass --geometry to time another model"
+    _check_field(path, "geometry", manifest.geometry_sha256, content, mend)
+    _check_field(path, "predictors", manifest.predictors_sha256, content, "restore it")
     return manifest
 
 
-def _check_geometry(path: Path, listed: str | None, geometry: Mapping[str, Any]) -> None:
+def _check_field(
+    path: Path, field: str, listed: str | None, content: Mapping[str, Any], mend: str
+) -> None:
     # As the file has it: a field that a later version adds must not change the digest.
-    if listed in (None, _geometry_sha256(geometry)):
-        return
-    raise UserError(
-        f"{path}: geometry differs from its digest (geometry_sha256); restore it, or pass"
-        " --geometry to time another model"
-    )
+    if listed not in (None, _field_sha256(content, field)):
+        raise UserError(f"{path}: {field} differs from its digest ({field}_sha256); {mend}")
 
 
-def _geometry_sha256(geometry: Mapping[str, Any]) -> str:
-    return sha256_of(json.dumps(geometry, sort_keys=True).encode())
+def _field_sha256(content: Mapping[str, Any], field: str) -> str:
+    return sha256_of(json.dumps(content.get(field), sort_keys=True).encode())
 
 
 def _check_version(path: Path, content: object) -> None:
@@ -257,9 +262,10 @@ def _check_version(path: Path, content: object) -> None:
 
 
 def write_manifest(trace_dir: Path, manifest: Manifest) -> None:
-    """Replace `trace_dir/manifest.json` atomically, with the geometry's digest."""
+    """Replace `trace_dir/manifest.json` atomically, with the digests of its fields."""
     content = manifest.model_dump(mode="json")
-    content["geometry_sha256"] = _geometry_sha256(content["geometry"])
+    for field in ("geometry", "predictors"):
+        content[f"{field}_sha256"] = _field_sha256(content, field)
     write_atomically(trace_dir / MANIFEST_FILE, _layout(content).encode())
 
 

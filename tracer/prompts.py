@@ -17,7 +17,9 @@ import gzip
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -56,23 +58,30 @@ def read_prompts(
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; give prompts as {', '.join(FORMATS)}")
-    if limit is not None and limit < 1:
-        raise UserError(f"limit {limit}: give 1 or more")
-    prompts = []
-    for prompt in _read(path, field, lines):
-        prompts.append(prompt | {"domain": prompt["domain"] or domain})
-        if len(prompts) == limit:
-            break
-    if not prompts:
-        raise UserError(f"{path}: holds no prompts; give at least one")
-    return prompts
+    return _first(lambda: _read(path, field, lines), limit, domain, str(path))
 
 
 def text_prompts(
-    text: str, where: str, *, lines: bool = False, domain: str | None = None
+    data: bytes,
+    where: str,
+    *,
+    lines: bool = False,
+    domain: str | None = None,
+    limit: int | None = None,
 ) -> list[Prompt]:
-    """Make prompts of a text: one, or one a line; `where` names it in the UserError if empty."""
-    prompts: list[Prompt] = [prompt | {"domain": domain} for prompt in _texts(text, lines)]
+    """Make prompts of a UTF-8 text: one, or one a line, the first `limit` of them.
+
+    `where` names it in the UserError if it is empty or no UTF-8.
+    """
+    return _first(lambda: _texts(_decode(data, where), lines), limit, domain, where)
+
+
+def _first(
+    read: Callable[[], Iterator[Prompt]], limit: int | None, domain: str | None, where: str
+) -> list[Prompt]:
+    if limit is not None and limit < 1:
+        raise UserError(f"limit {limit}: give 1 or more")
+    prompts = [prompt | {"domain": prompt["domain"] or domain} for prompt in islice(read(), limit)]
     if not prompts:
         raise UserError(f"{where}: holds no prompts; give at least one")
     return prompts
@@ -102,11 +111,16 @@ def _read(path: Path, field: str | None, lines: bool) -> Iterator[Prompt]:
 def _text(path: Path, zipped: bool) -> str:
     try:
         data = gzip.decompress(path.read_bytes()) if zipped else path.read_bytes()
-        return data.decode("utf-8-sig")
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: not a whole gzip file ({error}); fetch it again") from error
+    return _decode(data, str(path))
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error}); convert it") from error
+        raise UserError(f"{where}: not UTF-8 ({error}); convert it") from error
 
 
 def _texts(text: str, lines: bool) -> Iterator[Prompt]:
@@ -126,19 +140,44 @@ def _jsonl(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
             raise UserError(f"{where}: not valid JSON ({error}); mend the line") from error
         if not isinstance(content, dict):
             raise UserError(f"{where}: {content!r} is no object with a field text or prompt")
+        _refuse_half_characters(content, where)
         yield where, content
 
 
+def _refuse_half_characters(content: Mapping[str, Any], where: str) -> None:
+    # JSON may escape one half of a surrogate pair, which no text and no tokenizer can hold.
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise UserError(f"{where}: {half} is half a character; mend the line") from error
+
+
 def _csv(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    for row in reader:
-        yield f"{path}, line {reader.line_num}", row
+    # Any length: a field ends with the text.
+    csv.field_size_limit(max(len(text), csv.field_size_limit()))
+    # Strict: a quote that is never closed must not swallow the prompts after it.
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names):
+            raise UserError(f"{path}, line 1: a column is named twice; rename one")
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            if None in row:
+                raise UserError(f"{where}: more fields than columns; quote texts with commas")
+            yield where, row
+    except csv.Error as error:
+        where = f"{path}, line {reader.line_num}"
+        raise UserError(f"{where}: not valid CSV ({error}); mend the line") from error
 
 
 def _prompt(content: Mapping[str, Any], field: str | None, where: str) -> Prompt:
     domain = content.get("domain") or None
     if domain is not None and not isinstance(domain, str):
         raise UserError(f"{where}: domain {domain!r} must be a text")
+    if field == "":
+        raise UserError("--field is empty; name a field")
     if field is None and "messages" in content:
         return {"domain": domain, "text": "", "messages": _messages(content["messages"], where)}
     names = [field] if field else [name for name in DEFAULT_FIELDS if name in content]

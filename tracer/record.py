@@ -31,12 +31,13 @@ from tracer.columns import DECODE, PREFILL, column_spec
 from tracer.load_model import Loaded, load_model
 from tracer.modelinfo import describe_model
 from tracer.prompts import Prompt, prompts_sha256
-from tracer.tap import Capture, RoutingTap
-from tracer.writer import DEFAULT_SHARD_ROWS, TraceWriter, refuse_non_empty
+from tracer.tap import Capture, RoutingTap, check_lookahead
+from tracer.writer import DEFAULT_SHARD_ROWS, TraceWriter, refuse_non_empty, refuse_unwritable
 
 RECORDABLE = ("weights", "gate_probs", "gate_norms", "embedding", "gate_inputs")
 DEFAULT_COLUMNS = ("weights",)
 _SHARD_BYTES = 256 << 20
+_COLDEST = 1e-6  # logits divided by less overflow
 _MAX_STEP_ROWS = np.iinfo(np.int16).max
 
 
@@ -49,8 +50,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature {self.temperature}: give 0 (greedy) or more")
+        if self.temperature != 0 and not _COLDEST <= self.temperature < float("inf"):
+            raise UserError(
+                f"temperature {self.temperature}: give 0 (greedy), or {_COLDEST} or more"
+            )
         if not 0.0 < self.top_p <= 1.0:
             raise UserError(f"top_p {self.top_p}: give more than 0, at most 1")
         if not 0 <= self.seed < 2**63:
@@ -97,6 +100,7 @@ class Options:
             raise UserError(
                 f"cannot record column {unknown[0]!r}: choose of {', '.join(RECORDABLE)}"
             )
+        check_lookahead(self.lookahead)
 
 
 @dataclass
@@ -135,6 +139,7 @@ def record(
     refuse_non_empty(Path(out))
     loaded = load_model(model_dir, device, dtype, trust_remote_code)
     requests = _requests(loaded, prompts, options)
+    refuse_unwritable(Path(out))  # now: loading the weights takes long
     model = loaded.weights()
     tap = RoutingTap(model, options.columns, options.lookahead, options.timings)
     fields = {

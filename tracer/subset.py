@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
@@ -141,7 +141,10 @@ class _Times:
 
 
 def _predictors(trace: Trace, choice: Choice) -> tuple[TrainedPredictor, ...]:
-    """Who predicted the learned columns that stay, and which of the requests that stay trained."""
+    """Who predicted the learned columns that stay, and which of the requests that stay trained.
+
+    The weights stay with the whole trace: their file's bare name says that they lie elsewhere.
+    """
     kept = []
     for predictor in trace.manifest.predictors:
         if predictor.column in choice.drop:
@@ -149,12 +152,16 @@ def _predictors(trace: Trace, choice: Choice) -> tuple[TrainedPredictor, ...]:
         trained: Sequence[int] = predictor.trained_requests
         if choice.requests is not None:
             trained = [request for request in trained if request in choice.requests]
-        kept.append(predictor.model_copy(update={"trained_requests": tuple(trained)}))
+        weights = PurePosixPath(predictor.weights_file).name
+        update = {"trained_requests": tuple(trained), "weights_file": weights}
+        kept.append(predictor.model_copy(update=update))
     return tuple(kept)
 
 
 def _notes(trace: Trace, choice: Choice) -> str:
     made = [f"subset of trace {trace.digest[:16]}"]
+    if not trace.manifest.complete:
+        made.append("a recording that broke off")
     if choice.requests is not None:
         made.append(f"{len(choice.requests)} requests")
     if choice.drop:

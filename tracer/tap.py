@@ -61,6 +61,12 @@ class Capture:
         return self._timer.read(self._marks) if self._timer else None
 
 
+def check_lookahead(layers: int) -> None:
+    """Raise UserError where predictions cannot be recorded for so many layers ahead."""
+    if not 0 <= layers < 10:
+        raise UserError(f"lookahead {layers}: give 0 to 9 layers")
+
+
 class RoutingTap:
     """Records the routing of `model` while it is entered; one `take()` for each forward pass.
 
@@ -80,8 +86,7 @@ class RoutingTap:
         lookahead: int = 0,
         timings: bool = False,
     ) -> None:
-        if not 0 <= lookahead < 10:
-            raise UserError(f"lookahead {lookahead}: give 0 to 9 layers")
+        check_lookahead(lookahead)
         self.blocks = find_moe_blocks(model)
         self._model = model
         self._columns = frozenset(columns)

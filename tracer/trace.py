@@ -48,6 +48,7 @@ __all__ = [
     "append_column",
     "list_samples",
     "load_arrays",
+    "refuse_sample",
 ]
 
 DEFAULT_SAMPLE = "olmoe-twin"
@@ -57,7 +58,7 @@ class Trace:
     """A trace directory opened for reading.
 
     `manifest` is what was recorded and how; `notes` what a user should be told (a recording that
-    was killed); `digest` the SHA-256 over the geometry and all listed files. Opening reads the
+    was killed); `digest` the SHA-256 over what is simulated. Opening reads the
     manifest alone; `load` and `requests` read, verify and check their files.
     """
 
@@ -84,7 +85,7 @@ class Trace:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the geometry and the digests of all listed files."""
+        """SHA-256 over what is simulated, see `Manifest.digest`."""
         return self.manifest.digest
 
     def columns(self) -> list[str]:
@@ -280,6 +281,15 @@ class Trace:
 def list_samples() -> list[str]:
     """Names of the traces that come with the package."""
     return sorted(entry.name for entry in _samples_dir().iterdir() if entry.is_dir())
+
+
+def refuse_sample(trace: Trace) -> None:
+    """Raise UserError where `trace` is one that comes with the package: it stays as it is."""
+    if trace.path.resolve().parent == _samples_dir().resolve():
+        raise UserError(
+            f"{trace.path.name} is a shipped sample and is not changed; copy it first: moesim"
+            f" subset {trace.path.name} --out DIR"
+        )
 
 
 def _samples_dir() -> Path:

@@ -312,6 +312,13 @@ def refuse_non_empty(path: Path) -> None:
         raise UserError(f"{path}: exists and is not empty; name a new directory or remove it")
 
 
+def refuse_unwritable(path: Path) -> None:
+    """Raise UserError where no directory `path` can be made or written."""
+    there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{path}: {there} is no directory that can be written; name another")
+
+
 def _encoding(spec: ColumnSpec, wanted: str | None) -> str:
     if wanted is None:
         return spec.encodings[0]

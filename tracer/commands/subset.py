@@ -10,6 +10,8 @@ import typer
 from configs.errors import UserError
 from tracer.commands.imports import say_imported
 
+_LONGEST_RANGE = 1_000_000
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
@@ -56,7 +58,11 @@ def _parse_requests(text: str) -> tuple[int, ...]:
         first, dash, last = part.strip().partition("-")
         if not (first.isdecimal() and (last.isdecimal() if dash else not last)):
             raise UserError(f"--requests {text!r}: give numbers and ranges, such as 0-9,12")
-        chosen |= dict.fromkeys(range(int(first), int(last if dash else first) + 1))
-    if not chosen:
-        raise UserError(f"--requests {text!r}: holds no request; give such as 0-9,12")
+        numbers = range(int(first), int(last if dash else first) + 1)
+        if not 0 < len(numbers) <= _LONGEST_RANGE:
+            raise UserError(
+                f"--requests {text!r}: {part.strip()} is a range of {len(numbers)} requests; give"
+                " such as 0-9"
+            )
+        chosen |= dict.fromkeys(numbers)
     return tuple(chosen)

@@ -98,6 +98,7 @@ def trace_command(
     """
     require_extra("moesim trace")
     columns, lookahead, timings = _parse_record(record)
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     from tracer.load_model import resolve_device
@@ -117,6 +118,7 @@ def trace_command(
     )
     chosen, name = _prompts(prompts, text_stdin, field, lines, domain, limit)
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     logging.disable_progress_bar()
     with _stop_flag() as stopped, _progress() as progress:
         ended = run(
@@ -143,7 +145,7 @@ def _parse_record(text: str) -> tuple[tuple[str, ...], int, bool]:
     columns, lookahead = ["weights"], 0
     for part in wanted:
         name, _, value = part.partition("=")
-        if name == "lookahead" and value.isdigit():
+        if name == "lookahead" and value.isascii() and value.isdecimal():
             lookahead = int(value)
         elif part in _RECORD:
             columns.append(_RECORD[part])
@@ -189,7 +191,8 @@ def _prompts(
         return read, path.name.split(".")[0]
     if field is not None:
         raise UserError(f"--field {field}: a text has no fields")
-    return text_prompts(sys.stdin.read(), "stdin", lines=lines, domain=domain)[:limit], "stdin"
+    text = sys.stdin.buffer.read()
+    return text_prompts(text, "stdin", lines=lines, domain=domain, limit=limit), "stdin"
 
 
 @contextmanager

@@ -30,6 +30,7 @@ def predictions(
     """
     judged = phase == DECODE if (phase == DECODE).any() else np.ones(len(phase), bool)
     there = sorted(filter(_COLUMN.fullmatch, trace.columns()))
+    there = [name for name in there if int(name.split("_")[1]) < experts.shape[1]]
     columns = [name for kind in PREDICTORS for name in there if name.startswith(kind)]
     parts = [_of_column(trace, name, experts, judged) for name in columns]
     if not parts:

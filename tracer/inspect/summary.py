@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from configs.errors import UserError
 from configs.files import prepare_figure
 from tracer.columns import DECODE, NULL_ID, PREFILL
 from tracer.inspect.batches import distinct_by_batch, distinct_by_step
@@ -48,11 +49,14 @@ def inspect_trace(trace: Trace | ArrayTrace) -> Summary:
       mean for uniformly random experts)
     - batches: batch, groups, distinct, skewed, uniform (see `batches.distinct_by_batch`)
 
-    Accesses are counted over prefill and decode. Raises UserError as `Trace.load` does.
+    Accesses are counted over prefill and decode. Raises UserError as `Trace.load` does, and where
+    no layer ran for any token.
     """
     arrays = trace.load(_COLUMNS)
     num_experts = trace.manifest.geometry.num_experts
     experts = np.asarray(arrays["experts"])
+    if (experts == NULL_ID).all():
+        raise UserError(f"{trace.path}: no layer ran for any token: there is nothing to measure")
     table = popularity(experts, num_experts)
     by_domain = domains(arrays["request"], experts, trace.requests(), num_experts)
     lookups = _lookup_tables(arrays, experts, num_experts)

@@ -20,7 +20,7 @@ from tracer.predictor.latency import measure_latency
 from tracer.predictor.model import Predictor, PredictorInfo
 from tracer.predictor.split import Split, prompt_digests, split_requests
 from tracer.predictor.train import Epoch, Recipe, default_hidden_units, train
-from tracer.trace import Trace, append_column
+from tracer.trace import Trace, append_column, refuse_sample
 from tracer.writer import refuse_non_empty
 
 PREDICTORS_DIR = "predictors"
@@ -112,6 +112,7 @@ def apply_predictor(trace: Trace, weights: Path, device: str = "auto") -> dict[s
     predictor = load(weights, device=resolve_device(device))
     manifest = trace.manifest
     predictor.info.refuse_other(manifest.model_id, manifest.geometry, str(trace.path))
+    refuse_sample(trace)
     _refuse_column(trace, predictor.info.column)
     sha256 = sha256_of(weights.read_bytes())
     return _apply(trace, predictor, weights, sha256, prompt_digests(trace), append=True)
@@ -130,6 +131,8 @@ def resolve_device(name: str) -> str:
 
 def _refuse_overwriting(trace: Trace, out: Path, options: Options) -> None:
     column = f"learned_{options.stride}"
+    if options.out is None or not options.weights_only:
+        refuse_sample(trace)
     if not options.weights_only:
         _refuse_column(trace, column)
     if out.suffix != SUFFIX:
