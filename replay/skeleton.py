@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from configs.errors import UserError
+
 _LOCK = threading.Lock()
 
 
@@ -51,9 +53,17 @@ def meta_model(config: Any, dtype: torch.dtype) -> Any:
 
 
 def load_skeleton(path: str | Path, dtype: torch.dtype, device: str) -> Any:
-    """A checkpoint's model on ``device`` without its experts."""
+    """A checkpoint's model on ``device`` without its experts.
+
+    Raises UserError for a checkpoint that lacks other weights: transformers would draw them.
+    """
     with without_experts():
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, device_map=device, output_loading_info=True
+        )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise UserError(f"{path}: holds no {missing[0]}: the checkpoint is not whole; get it again")
     return model.eval()
 
 

@@ -1,0 +1,134 @@
+"""The replay engine on a plain CPU: the same decisions as the simulator, the same model outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import policies  # noqa: E402
+from policies.capacity import plan_memory  # noqa: E402
+from policies.core import DecisionCore  # noqa: E402
+from policies.interface import PolicyData, Shape  # noqa: E402
+from replay.checkpoint import ExpertReader  # noqa: E402
+from replay.model import ReplayModel, from_checkpoint  # noqa: E402
+from replay.play import ForcedStep, Replay  # noqa: E402
+from replay.skeleton import experts_modules, meta_model, read_config  # noqa: E402
+from sim.machine import Machine  # noqa: E402
+from tests.machines import FlatTiming  # noqa: E402
+from tracer.trace import Trace  # noqa: E402
+from tracer.workload import Workload  # noqa: E402
+
+ROWS = 60
+
+
+@pytest.fixture(scope="module")
+def twin(shared: Path) -> Iterator[ReplayModel]:
+    ready = from_checkpoint(shared / "models" / "olmoe-twin", "cpu")
+    yield ready
+    ready.close()
+
+
+@pytest.fixture(scope="module")
+def recorded() -> tuple[Workload, list[ForcedStep]]:
+    """The sample's first rows, as steps to force."""
+    columns = Trace.open("sample").load(
+        ["request", "step", "phase", "position", "token_id", "experts"], 0, ROWS
+    )
+    work = Workload(columns, 64)
+    bounds = [*work.row_of_step.tolist(), work.num_tokens]
+    steps = []
+    for step in work.steps():
+        rows = slice(bounds[step.index], bounds[step.index + 1])
+        ids = columns["experts"][rows].astype(np.int64)
+        prefill = step.prefill_tokens > 0
+        tokens = columns["token_id"][rows]
+        steps.append(ForcedStep(step.index, prefill, step.begins, step.ends, tokens, ids))
+    return work, steps
+
+
+def make_core(twin: ReplayModel, policy: str, share: float, **given: Any) -> DecisionCore:
+    layers = len(twin.modules)
+    shape = Shape(layers, twin.num_experts, twin.top_k, (twin.layout.nbytes,) * layers)
+    info = policies.get(policy)
+    params, options = info.parse(given)
+    counts = np.arange(layers * twin.num_experts).reshape(layers, -1) % 7
+    built = info.build(params, PolicyData(shape, popularity=counts))
+    plan = plan_memory(
+        shape,
+        built.scope,
+        int(share * twin.store.memory.numel()),
+        needs_staging=built.cache.may_refuse,
+    )
+    return DecisionCore(shape, plan, built, options, log=[])
+
+
+def decisions(core: DecisionCore) -> list[tuple[object, ...]]:
+    assert core.log
+    return [entry for entry in core.log if entry[0] != "landed"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "share", "given"),
+    [
+        ("lru", 0.25, {}),
+        ("lru-global", 0.25, {"chunks": 3}),
+        ("slru", 0.5, {"order": "id"}),
+        ("static", 0.25, {}),
+        ("on-demand", 0.125, {}),
+    ],
+)
+def test_the_replay_decides_what_the_simulator_decides(
+    twin: ReplayModel,
+    recorded: tuple[Workload, list[ForcedStep]],
+    policy: str,
+    share: float,
+    given: dict[str, Any],
+) -> None:
+    work, steps = recorded
+    replayed, simulated = (make_core(twin, policy, share, **given) for _ in range(2))
+    measured = Replay(twin, replayed, work.max_context + 1).run(steps)
+    Machine(work, simulated, FlatTiming()).run()
+    assert decisions(replayed) == decisions(simulated)
+    assert replayed.tally == simulated.tally
+    assert measured.copied_bytes == simulated.tally.copied_bytes
+    assert measured.chunks == simulated.tally.chunks
+    assert len(measured.times.end) == len(steps)
+
+
+def test_outputs_are_those_of_the_whole_model(twin: ReplayModel, shared: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from replay.eager import EagerEngine
+
+    whole = AutoModelForCausalLM.from_pretrained(
+        shared / "models" / "olmoe-twin", dtype=torch.bfloat16
+    ).eval()
+    tokens = torch.arange(40, 60)[None]
+    with torch.inference_mode():
+        expected = whole(tokens).logits
+        engine = EagerEngine(twin.model, twin.modules, twin.store, make_core(twin, "lru", 0.125))
+        with engine:
+            engine.begin_step(0, "prefill", (0,))
+            found = twin.model(tokens).logits
+            engine.end_step((0,))
+    assert torch.equal(found, expected)
+
+
+def test_single_experts_read_are_those_of_the_whole_model(shared: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = shared / "models" / "qwen2moe-twin"
+    whole = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    blocks = experts_modules(meta_model(read_config(path), torch.bfloat16))
+    with ExpertReader(path, meta_model(read_config(path), torch.bfloat16), blocks) as reader:
+        for block in (next(iter(blocks)), list(blocks)[-1]):
+            module = whole.get_submodule(block)
+            for expert in (0, 17, 59):
+                for name, value in reader.read(block, expert).items():
+                    assert torch.equal(value, getattr(module, name)[expert])
