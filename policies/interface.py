@@ -190,8 +190,8 @@ class MissRule:
 
     #: changes which experts are computed
     lossy = False
-    #: :meth:`on_misses` is also asked about experts that are queued or under way; what the CPU takes
-    #: of those is not waited for, and its copy goes on as any prefetch
+    #: :meth:`on_misses` is also asked about experts that are queued or under way; what the CPU
+    #: takes of those is not waited for, and its copy goes on as any prefetch
     takes_late = False
 
     def bind(self, core: DecisionCore) -> None:
