@@ -2,13 +2,15 @@
 # make test   lint, types and tests (installs torch and transformers)
 # make exhaustive  the slow checks against brute force
 # make bench  speed, beside a plain SimPy model of the same system
+# make policies TRACES="sample DIR ..."  docs/policies.md: every policy on these traces
 PYTHON ?= python3
 JOBS ?= 2
 DEMO ?= demo-out
+TRACES ?= sample
 BIN = .venv/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test bench lint clean install exhaustive
+.PHONY: demo test bench lint clean install exhaustive policies
 
 install: .venv/.light
 
@@ -35,14 +37,18 @@ lint: .venv/.full
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 
 # Brute force against the core on every access of long traces: minutes.
 exhaustive: .venv/.full
-	$(BIN)/pytest -m exhaustive -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m exhaustive -n $(JOBS)
 
 bench: .venv/.full
 	$(BIN)/python -m tests.bench
+
+policies: .venv/.full
+	$(BIN)/python -m tests.bench.results_page $(addprefix --trace ,$(TRACES)) \
+	  $(addprefix --quality ,$(QUALITY)) --jobs $(JOBS)
 
 clean:
 	rm -rf .venv $(DEMO) build *.egg-info

@@ -1,4 +1,4 @@
-"""`moesim policies`, `simulate`, `sweep` and `plot`."""
+"""`moesim policies`, `simulate`, `sweep`, `plot` and `compare`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from configs.errors import UserError
 from configs.units import format_bytes
+from sim import commands_compare
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
@@ -26,6 +27,7 @@ def register(app: typer.Typer) -> None:
     app.command("simulate")(simulate_command)
     app.command("sweep")(sweep_command)
     app.command("plot")(plot_command)
+    commands_compare.register(app)
 
 
 def _notes(trace: Any) -> None:
@@ -210,7 +212,7 @@ def sweep_command(
     from sim.sweeps import load_config, sweep
 
     chosen = load_config(config)
-    bar = _progress()
+    bar = progress_bar()
     task = bar.add_task("points", total=None)
     kept = [0, 0]
     with ExitStack() as shown:
@@ -260,7 +262,8 @@ def _conclude(frame: Any) -> None:
         print(f"- {advice}")
 
 
-def _progress() -> Progress:
+def progress_bar() -> Progress:
+    """Points done, on stderr."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,12 +27,12 @@ def rank(frame: pd.DataFrame) -> pd.DataFrame:
     """Policies by TPOT within each system, budget and kind; ``place`` counts from 1 in each.
 
     Columns beside those: ``policy`` (with parameters), ``tpot_ms``, ``ttft_ms`` (nan without
-    prefill), ``hit_rate`` and ``late_share`` (of decode accesses), ``mb_per_token`` over the link
-    (10**6 bytes), ``stall_ms`` a decode step, ``times_faster`` than ``faster_than`` (on-demand at
-    that budget, else the slowest causal policy, else the slowest), ``gap_to_bound`` (share of the
-    time that ``bound``, the fastest bound at that budget, would save; nan without one),
-    ``tie`` (within 2 % of the first of its kind), ``gpu_memory_bytes``, ``fits`` and ``saturated``
-    (see :func:`prepare`).
+    prefill), ``hit_rate`` and ``late_share`` (of decode accesses), ``precision`` and ``recall`` of
+    predictions (nan without any), ``mb_per_token`` over the link (10**6 bytes), ``stall_ms`` a
+    decode step, ``times_faster`` than ``faster_than`` (on-demand at that budget, else the slowest
+    causal policy, else the slowest), ``gap_to_bound`` (share of the time that ``bound``, the
+    fastest bound at that budget, would save; nan without one), ``tie`` (within 2 % of the first of
+    its kind), ``gpu_memory_bytes``, ``fits`` and ``saturated`` (see :func:`prepare`).
     """
     return rank_points(prepare(frame))
 
@@ -63,6 +64,8 @@ def _rank_group(group: pd.DataFrame) -> pd.DataFrame:
             "ttft_ms": group["ttft_ms.mean"],
             "hit_rate": group["decode.hit_rate"].astype(float),
             "late_share": group["decode.late"].astype(float) / accesses,
+            "precision": _optional(group, "prefetch.precision"),
+            "recall": _optional(group, "prefetch.recall"),
             "mb_per_token": group["h2d_bytes_per_token"].astype(float) / 1e6,
             "stall_ms": sum(group[name].astype(float) for name in _STALLS),
             "times_faster": reference["tpot_ms.mean"] / tpot,
@@ -78,6 +81,11 @@ def _rank_group(group: pd.DataFrame) -> pd.DataFrame:
     by_kind = {"causal": 0, "lossy": 1, "what-if": 2, "bound": 3}
     order = ranked["kind"].map(by_kind)
     return ranked.assign(_order=order).sort_values(["_order", "place"]).drop(columns="_order")
+
+
+def _optional(group: pd.DataFrame, column: str) -> Any:
+    """A column that no policy need have filled."""
+    return group[column].astype(float) if column in group else np.nan
 
 
 def _reference(group: pd.DataFrame) -> Row:

@@ -1,0 +1,151 @@
+"""`moesim compare`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from configs.errors import UserError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("compare")(compare_command)
+
+
+def compare_command(
+    trace: Annotated[str, typer.Argument(help="Trace directory, or sample.")],
+    hardware: Annotated[
+        str, typer.Option("--hardware", help="Name in configs/hardware, or a YAML file.")
+    ],
+    geometry: Annotated[
+        str | None,
+        typer.Option("--geometry", help="Time this model instead of the trace's own."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Precision of the experts: bf16, fp8, int4 ...")
+    ] = None,
+    policies: Annotated[
+        str | None,
+        typer.Option(
+            "--policies",
+            help="By commas, parameters by colons: lru,next-gate:depth=2. All without it.",
+        ),
+    ] = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(
+            "--budgets",
+            help="Expert slots by commas: 12.5%,25%,50% (default), 8/layer, 4GiB.",
+        ),
+    ] = None,
+    links: Annotated[
+        str | None,
+        typer.Option("--links", help="Link rates by commas, such as 12GB/s,24GB/s,50GB/s."),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("--max-tokens", help="Only the trace's first N tokens, prefill included."),
+    ] = None,
+    fit_share: Annotated[
+        float | None,
+        typer.Option("--fit-share", help="Share of the requests that fitted policies learn from."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of policies that draw.")] = 0,
+    jobs: Annotated[int, typer.Option("--jobs", help="Processes.")] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Keep the points there; a part of this sweep is resumed."),
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option("--figure", help="Draw the rankings: FILE.png and FILE.svg.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")
+    ] = False,
+) -> None:
+    """Compare policies on a trace: one table a budget and link, with what limits each.
+
+    What the trace cannot run is listed with the column that it needs. Exit code 1: some points
+    failed beside others of their policy, and stderr says why.
+
+    Example: moesim compare sample --geometry olmoe-1b-7b --hardware rtx4090-pcie4
+    --policies lru,slru,next-gate --budgets 25%,50%
+    """
+    from sim.compare import choices_of, compare, config_of, render
+    from sim.sweeps import sweep
+    from tracer.trace import Trace
+
+    config = config_of(
+        trace,
+        hardware=(hardware,),
+        geometry=geometry,
+        dtype=dtype,
+        policies=() if policies is None else choices_of(policies),
+        expert_budgets=_listed("--budgets", budgets),
+        links=_listed("--links", links),
+        max_tokens=max_tokens,
+        fit_share=fit_share,
+        seed=seed,
+    )
+    opened = Trace.open(trace)
+    for note in opened.notes:
+        print(f"moesim: note: {note}", file=sys.stderr)
+    with _Progress() as progress:
+        frame = sweep(config, out=out, jobs=jobs, trace=opened, progress=progress.tell)
+    comparison = compare(frame)
+    if as_json:
+        print(json.dumps(comparison.to_dict(), indent=2, allow_nan=False))
+    else:
+        print(render(comparison))
+    if figure is not None:
+        _draw(frame, figure)
+    for failure in comparison.failed:
+        print(f"moesim: failed: {failure}", file=sys.stderr)
+    if comparison.failed:
+        raise typer.Exit(1)
+
+
+def _listed(option: str, text: str | None) -> tuple[str, ...]:
+    if text is None:
+        return ()
+    items = tuple(item.strip() for item in text.split(","))
+    if not all(items):
+        raise UserError(f"{option} {text!r} has an empty entry: give values by commas")
+    return items
+
+
+def _draw(frame: Any, figure: Path) -> None:
+    from sim.plots_rankings import draw_rankings
+
+    stem = figure.stem if figure.suffix in (".png", ".svg") else figure.name
+    for path in draw_rankings(frame, figure.parent, stem):
+        print(f"moesim: drew {path}", file=sys.stderr)
+
+
+class _Progress:
+    """A bar on stderr that appears with the first point: before, an error is all there is."""
+
+    def __init__(self) -> None:
+        from sim.commands import progress_bar
+
+        self._bar = progress_bar()
+        self._task = self._bar.add_task("points", total=None)
+        self._shown = False
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def tell(self, done: int, total: int) -> None:
+        if not self._shown:
+            self._bar.start()
+            self._shown = True
+        self._bar.update(self._task, completed=done, total=total)
+
+    def __exit__(self, *error: object) -> None:
+        if self._shown:
+            self._bar.stop()
