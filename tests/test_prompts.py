@@ -94,7 +94,12 @@ def test_an_absent_prompt_file_is_named(tmp_path):
         ("p.jsonl", b'{"turns": ["x"]}', {"field": "turns.1"}, "turns.1 None must be a text"),
         ("p.jsonl", b'{"text": "x"}', {"limit": 0}, "limit 0: give 1 or more"),
         ("p.jsonl.gz", b"x", {}, "not a whole gzip file"),
-        ("p.jsonl.gz", gzip.compress(b"x")[:10] + b"\xff" * 9, {}, "not a whole gzip file"),
+        (
+            "p.jsonl.gz",
+            gzip.compress(b"x", mtime=0)[:10] + b"\xff" * 9,
+            {},
+            "not a whole gzip file",
+        ),
         ("p.csv", b"question\nx\n", {}, "line 2: no field text or prompt among question"),
         ("p.csv", b'text\n"never closed\nmore\n', {}, "not valid CSV (unexpected end of data)"),
         ("p.csv", b"text\nan answer, cut\n", {}, "line 2: more fields than columns"),
