@@ -13,6 +13,8 @@ caches              cache rules as parts
 scored              bases of rules that evict the smallest score
 buffers             two buffers in place of a cache
 _map_store          recorded gates, searched by cosine
+_slot_worth         who leaves, and what a slot is expected to bring (auto)
+_lanes              misses shared out between link and CPU (auto)
 ==================  ==============================================================
 
 Every other module is a policy, named after it, with its source in its docstring.

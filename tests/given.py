@@ -11,7 +11,9 @@ from policies.interface import Shape
 LOSSY = [name for name in policies.names() if not policies.get(name).lossless]
 #: execute experts that no gate asked for
 REROUTING = ["swapmoe"]
-ON_CPU = ["fiddler", "hybrid-split"]
+ON_CPU = ["auto", "fiddler", "hybrid-split"]
+#: of those, give the CPU also what is queued or under way
+TAKING_LATE = ["auto"]
 
 
 def shape_for(policy: str, shape: Shape) -> Shape:

@@ -679,6 +679,26 @@ def test_experts_in_flight_are_not_given_to_the_cpu():
     assert (wave.waiting, list(wave.cpu)) == (2, [2])
 
 
+class AllFewTokens(FewTokens):
+    """Likewise, and what is queued or under way."""
+
+    takes_late = True
+
+
+def test_a_rule_may_give_the_cpu_experts_under_way_whose_copies_go_on_unawaited():
+    log: Log = []
+    core = lru_core(miss_rule=AllFewTokens(), log=log)
+    core.step_begin(0, "decode")
+    core.prefetch(0, [0, 1])
+    copy = send(core)
+    wave = core.gate(0, [0, 1, 2], {0: 1, 1: 1, 2: 5})
+    assert (wave.waiting, list(wave.cpu)) == (1, [0, 1])
+    assert (total(core, "late"), total(core, "misses"), total(core, "cpu")) == (2, 1, 2)
+    assert not core.chunk_done(copy)  # nobody waits for it
+    assert [(low.key, low.high) for low in core.queue.low] == [(1, False)]
+    assert core.memory.residents() == [0]
+
+
 def test_cpu_misses_count_before_waves_are_cut():
     core = lru_core(miss_rule=FewTokens(), slots=1)
     launches = run_instant(core, [[[0, 1, 2]]], counts=[[[2, 1, 2]]])

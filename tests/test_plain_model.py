@@ -359,6 +359,9 @@ CASES |= {
     "hybrid-split-waves": Case(policy="hybrid-split", slots=2, prompt=9, batch=2),
     "hobbit": Case(policy="hobbit", slots=4, top_k=3, steps=20, uneven=True),
     "hobbit-batch": Case(policy="hobbit", slots=4, prompt=5, batch=3, params={"chunks": 2}),
+    "auto": Case(policy="auto", slots=4, top_k=3, steps=20, layers=4),
+    "auto-batch": Case(policy="auto", slots=4, prompt=9, batch=3, steps=20, layers=4),
+    "auto-skipped": Case(policy="auto", skip=True, layers=4, steps=20, params={"chunks": 1}),
     "layer-stream-skipped": Case(policy="layer-stream", skip=True, layers=4),
 }
 CASES |= {
@@ -578,6 +581,7 @@ POLICIES = (
     "fiddler",
     "hybrid-split",
     "hobbit",
+    "auto",
 )
 
 

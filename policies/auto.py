@@ -1,0 +1,278 @@
+"""Auto: cache, prefetch and CPU share chosen while running, by what has paid so far.
+
+Ours; published nowhere else. Lossless, causal, nothing fitted beforehand. Four decisions, each from
+its own online estimate:
+
+- **Who leaves** (:mod:`policies._slot_worth`): the smallest decayed use, per layer; a use counts
+  half for having run and half by the gate's probability, where the trace has ``gate_probs``. The
+  half-life (1, 4, 8, 16 or 64 events: from recency to frequency) is the one whose shadow caches, of
+  keys alone, over two layers, missed least; another must have missed 2 % less to take over. The
+  contents stay. Beside it, expected hits by decayed use are learned by temporal differences.
+- **Who computes a miss** (:mod:`policies._lanes`): link and CPU share an event's misses so that
+  both are done soonest, by measured costs; copies that find no slot beside the event's hits come
+  after the CPU is done. Experts under way are shared out too; where the CPU is sooner it computes
+  them, and the copy goes on unawaited.
+- **What is fetched ahead**: the gates of layers l + 1 to l + ``depth``, applied to the gate input
+  of layer l (``lookahead_d``, twice top-k a token), name candidates. How often a candidate that
+  was absent has been needed is counted by distance, layer and rank: its chance c. A candidate is
+  queued if c is at least ``least_chance`` and the hits it is expected to bring (c times a half for
+  this event, since it may come late, and those after it), less those of who leaves for it, pay for
+  the copy. So prefetching stops by itself where predictions are wrong.
+- **What is brought in behind**: what the CPU computes takes no slot; the link, where idle, copies
+  those that are expected to bring more hits than who leaves for them, at most four at a time.
+
+A copy pays if the hits that it is expected to bring, each saving what a miss costs with link and
+CPU together, outweigh what it slows down: GPU kernels (5 % of its time) and CPU workers.
+
+Our readings: a copy is queued by the hits it is expected to bring, over the distance; a layer's
+first steps have no chances yet, so they are taken from all layers, and at first as even. The union
+over a step's tokens, every token's best first; ranks of a batch are scaled to one token's, and
+chances are kept apart by how many candidates there are, in octaves: a prefill needs nearly all.
+Predictions take the machine's ``next_gate`` time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from policies._lanes import SoonestSplit
+from policies._slot_worth import PROBS, SlotWorth
+from policies.core import DecisionCore
+from policies.errors import PolicyError
+from policies.interface import EventTable, Keys, Policy, PolicyData, Prediction, Prefetcher, Shape
+from policies.memory import ABSENT, COPYING, QUEUED, RESIDENT
+from policies.registry import Param, Params, register
+
+#: of a prefetched expert's use in the event it came for, what counts: half of them come late
+_IN_TIME = 0.5
+#: of the least chance to be prefetched, what holds fast an expert that is there already
+_HELD_FAST = 0.5
+#: experts brought in behind that may be queued at once
+_MOST_BEHIND = 4
+
+
+class Chances:
+    """How often an absent candidate has been needed, by layer and rank; of one distance."""
+
+    #: examples from all layers that stand in for a layer's own
+    _PRIOR = 8.0
+    #: examples of a layer and rank beyond which old and new ones count half as much
+    _MOST = 500.0
+
+    def __init__(self, layers: int, ranks: int) -> None:
+        self._needed = [[0.0] * ranks for _ in range(layers)]
+        self._seen = [[0.0] * ranks for _ in range(layers)]
+        self._all_needed = [0.5] * ranks
+        self._all_seen = [1.0] * ranks
+
+    def learn(self, layer: int, rank: int, needed: bool) -> None:
+        """An absent candidate of ``rank`` was right or wrong about ``layer``."""
+        self._count(self._needed[layer], self._seen[layer], rank, needed)
+        self._count(self._all_needed, self._all_seen, rank, needed)
+
+    def _count(self, needed: list[float], seen: list[float], rank: int, right: bool) -> None:
+        if seen[rank] > self._MOST:
+            seen[rank] /= 2
+            needed[rank] /= 2
+        seen[rank] += 1
+        needed[rank] += right
+
+    def of(self, layer: int) -> list[float]:
+        """Chance of each rank in ``layer``."""
+        prior = self._PRIOR
+        return [
+            (needed + prior * all_needed / all_seen) / (seen + prior)
+            for needed, seen, all_needed, all_seen in zip(
+                self._needed[layer],
+                self._seen[layer],
+                self._all_needed,
+                self._all_seen,
+                strict=True,
+            )
+        ]
+
+
+class Ahead(Prefetcher):
+    """``tables[d]``: what the gate of l + d says of layer l's gate input, as keys of layer l."""
+
+    def __init__(
+        self,
+        tables: dict[int, EventTable],
+        shape: Shape,
+        cache: SlotWorth,
+        split: SoonestSplit,
+        least_chance: float,
+    ) -> None:
+        self._tables = tables
+        self._layers, self._experts = shape.layers, shape.experts
+        self._ranks = 2 * shape.top_k
+        self._cache = cache
+        self._split = split
+        self._least_chance = least_chance
+
+    def bind(self, core: DecisionCore) -> None:
+        """Nothing has been predicted yet."""
+        super().bind(core)
+        self._state = core.memory.state
+        # By distance, and how many times a token's candidates there are, in octaves.
+        self._chances: dict[tuple[int, int], Chances] = {}
+        # By layer, of the step in progress: absent candidates with their ranks.
+        self._open: list[list[tuple[Chances, list[tuple[int, int]]]]] = [
+            [] for _ in range(self._layers)
+        ]
+        self._step: dict[int, list[list[int]]] = {}
+        self._behind: list[int] = []
+
+    def on_step(self, step: int) -> Iterable[Prediction]:
+        """Read the step's predictions; none can be made before the first gate."""
+        self._step = {distance: table.step(step) for distance, table in self._tables.items()}
+        for candidates in self._open:
+            candidates.clear()
+        return ()
+
+    def on_gate(self, step: int, layer: int, keys: Keys) -> Iterable[Prediction]:
+        """Score what was said of this layer; look behind and ahead."""
+        self._score(layer, keys)
+        self._bring_in()
+        found = []
+        for distance, said in self._step.items():
+            if layer + distance < self._layers:
+                shift = distance * self._experts
+                named = [key + shift for key in said[layer]]
+                found.append(Prediction("next_gate", step, layer + distance, named))
+        return found
+
+    def _score(self, layer: int, keys: Keys) -> None:
+        needed = set(keys)
+        for chances, absent in self._open[layer]:
+            for key, rank in absent:
+                chances.learn(layer, rank, key in needed)
+        self._open[layer].clear()
+
+    # ------------------------------------------------------------------ ahead
+
+    def on_ready(self, prediction: Prediction) -> None:
+        """Queue the candidates that pay."""
+        layer, keys, state = prediction.layer, prediction.keys, self._state
+        distance = layer - self.core.layer
+        if distance not in self._tables or not keys:
+            return  # it took longer than a layer: a nearer one has been asked
+        size, least = len(keys), self._least_chance
+        kind = (distance, (size // self._ranks).bit_length())
+        if kind not in self._chances:
+            self._chances[kind] = Chances(self._layers, self._ranks)
+        known = self._chances[kind]
+        chances = known.of(layer)
+        absent: list[tuple[int, int]] = []
+        chosen: dict[int, float] = {}
+        for index, key in enumerate(keys):
+            rank = index * self._ranks // size
+            if state[key] < COPYING:
+                absent.append((key, rank))
+                if chances[rank] >= least:
+                    chosen[key] = chances[rank]
+            elif chances[rank] >= least * _HELD_FAST:
+                chosen[key] = chances[rank]
+        self._open[layer].append((known, absent))
+        if chosen:
+            self._queue(layer, distance, chosen, prediction.source)
+
+    def _queue(self, layer: int, distance: int, chosen: dict[int, float], source: str) -> None:
+        """Queue what is absent and pays; what is there already is only held fast."""
+        kept, renewed, state = self._cache.kept, self._cache.renewed, self._state
+        hits = {
+            key: chance * (_IN_TIME + renewed(key)) + (1 - chance) * kept(key)
+            for key, chance in chosen.items()
+            if state[key] != RESIDENT
+        }
+        least = self._split.hits_to_pay(layer)
+        prices = self._cache.prices(layer, chosen)
+        priorities = {key: 0.0 for key in chosen if state[key] == RESIDENT}
+        for key in sorted(hits, key=lambda key: (-hits[key], key)):
+            if state[key] == COPYING:
+                priorities[key] = hits[key] / distance
+                continue
+            gain = hits[key] - next(prices)
+            if gain <= least:
+                break
+            priorities[key] = gain / distance
+        if not priorities:
+            return
+        if self.core.queue.low:
+            self.core.reprioritise(priorities)
+        self.core.prefetch(layer, list(priorities), list(priorities.values()), source)
+
+    # ------------------------------------------------------------------ behind
+
+    def _bring_in(self) -> None:
+        """The best of what the CPU computed and of what is still queued from before."""
+        core, state = self.core, self._state
+        queued = [key for key in self._behind if state[key] == QUEUED]
+        candidates = dict.fromkeys((*queued, *self._split.taken))
+        self._split.taken = []
+        if not candidates:
+            return
+        gains = self._gains([key for key in candidates if state[key] in (ABSENT, QUEUED)])
+        paying = [key for key in gains if gains[key] > 0]
+        paying.sort(key=lambda key: (-gains[key], key))
+        best = paying[:_MOST_BEHIND]
+        for key in queued:
+            if key not in best:
+                core.cancel(key)
+        self._behind = best
+        if best:
+            core.bring_in(best, "behind")
+            core.reprioritise({key: gains[key] for key in best})
+
+    def _gains(self, keys: Keys) -> dict[int, float]:
+        """Hits that a slot is expected to bring; 0: not enough to pay for the copy."""
+        kept, layer_of = self._cache.kept, self.core.memory.layer_of
+        prices: dict[int, Iterator[float]] = {}
+        gains = {}
+        for key in sorted(keys, key=lambda key: (-kept(key), key)):
+            layer = layer_of[key]
+            if layer not in prices:
+                prices[layer] = self._cache.prices(layer, ())
+            hits = kept(key) - next(prices[layer])
+            gains[key] = hits if hits > self._split.hits_to_pay(layer) else 0.0
+        return gains
+
+
+def _columns(params: Params) -> tuple[str, ...]:
+    """All that are read where there are any; none is a must."""
+    return (PROBS, *(f"lookahead_{distance}" for distance in range(1, params["depth"] + 1)))
+
+
+@register(
+    "auto",
+    params={
+        "depth": Param(int, 2, "layers ahead, as far as the trace has look-ahead", low=0, high=3),
+        "least_chance": Param(
+            float, 0.6, "share of a rank's candidates needed so far, to prefetch", low=0, high=1
+        ),
+        "cpu": Param(bool, True, "let the CPU compute misses where that is sooner"),
+    },
+    defaults={"chunks": 3},
+    prefetches=True,
+    reads_costs=True,
+    reads_signals=True,
+    columns=_columns,
+    summary="cache rule, prefetching and CPU share chosen while running, by what has paid",
+    source="moesim",
+)
+def build(params: Params, data: PolicyData) -> Policy:
+    """With the gate probabilities and look-ahead columns that the trace has."""
+    if data.costs is None:
+        raise PolicyError("auto weighs CPU against link: it needs the machine's costs")
+    shape = data.shape
+    cache = SlotWorth(data.signals if PROBS in data.columns else None)
+    split = SoonestSplit(shape, data.costs, cache, params["cpu"])
+    wanted = dict(enumerate(_columns(params)[1:], start=1))
+    width = min(2 * shape.top_k, shape.experts)
+    tables = {
+        distance: data.lookahead(name, width)
+        for distance, name in wanted.items()
+        if name in data.columns and data.lookahead is not None
+    }
+    ahead = Ahead(tables, shape, cache, split, params["least_chance"])
+    return Policy(cache, ahead, split)
