@@ -6,6 +6,7 @@ Same events, same order as :mod:`sim.machine` (docs/contract.md); time is the wa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch
 from policies.core import DecisionCore
 from policies.interface import Prediction
 from policies.memory import RESIDENT
+from policies.transfers import Copy
+from replay.ledger import COPY, DECIDE, EXPERTS, GPU, ISSUE, STEP, Ledger
 from replay.slots import CopyEngine
 from tracer.workload import distinct
 
@@ -23,7 +26,11 @@ Predict = Callable[[Prediction], None]
 
 
 class Driver:
-    """Turns gates into launches, and looks after copies and predictions whenever the host waits."""
+    """Turns gates into launches, and looks after copies and predictions whenever the host waits.
+
+    ``ledger``: what the host did and when. ``stall_late_ns`` and ``stall_miss_ns``: time that the
+    device stood idle because a prefetched or a demanded expert was awaited, so far.
+    """
 
     def __init__(self, core: DecisionCore, copies: CopyEngine, touch_order: str) -> None:
         self.core = core
@@ -32,6 +39,9 @@ class Driver:
         self._reached = torch.cuda.Event() if copies.cuda else None
         self._experts = core.shape.experts
         self._previous = -1
+        self.ledger = Ledger()
+        self.stall_late_ns = self.stall_miss_ns = 0
+        core.clock_ns = perf_counter_ns
         #: predictions whose predictor is at work, with the test whether it has finished
         self._coming: list[tuple[Callable[[], bool], Prediction]] = []
         self.start_predictor: Callable[[Prediction], Callable[[], bool]] = lambda _: lambda: True
@@ -44,6 +54,7 @@ class Driver:
         self._previous = -1
         for prediction in self.core.predictions_at_step():
             self._announce(prediction)
+        self.ledger.mark(STEP, -1)
 
     def end_step(self, ends: Sequence[int]) -> None:
         """The device has run everything of the step."""
@@ -52,13 +63,14 @@ class Driver:
         self.core.step_end()
         for request in ends:
             self.core.request_end(request)
+        self.ledger.mark(STEP, -1)
 
     def event(self, layer: int, ids: npt.NDArray[Any], launch: Launch) -> None:
         """The gate of ``layer`` is known: ``ids`` int [rows, k]; calls ``launch(keys)`` by group.
 
         The device has run everything launched before this gate.
         """
-        core = self.core
+        core, ledger = self.core, self.ledger
         keys, tokens = self._distinct(layer, ids)
         self._take_in()
         if self._previous >= 0:
@@ -67,27 +79,32 @@ class Driver:
         wave = core.gate(layer, keys, tokens)
         for prediction in core.predictions(layer, keys):
             self._announce(prediction)
+        ledger.mark(DECIDE, layer)
         while True:
             self.copies.refill()
+            ledger.mark(ISSUE, layer)
             if wave.order is not None and wave.waiting:
-                self._in_order(wave.order, launch)
+                self._in_order(layer, wave.order, launch)
             else:
                 if wave.ready:
                     launch(wave.ready)
-                self._as_they_land(wave.waiting, launch)
+                    ledger.mark(EXPERTS, layer)
+                if wave.waiting:
+                    self._as_they_land(layer, wave.waiting, launch)
             if wave.last:
                 return
-            self.wait()
+            self.wait(layer)
             wave = core.next_wave()
+            ledger.mark(DECIDE, layer)
 
-    def wait(self) -> None:
+    def wait(self, layer: int) -> None:
         """Spin until the device has run everything that was launched."""
         event = self._reached
-        if event is None:
-            return
-        event.record()
-        while not event.query():
-            self.spin()
+        if event is not None:
+            event.record()
+            while not event.query():
+                self.spin()
+        self.ledger.mark(GPU, layer)
 
     def spin(self) -> None:
         """What the host does whenever it waits: landings, finished predictions, refills."""
@@ -105,18 +122,17 @@ class Driver:
         keys = (events.keys.astype(np.int64) + base).tolist()
         return keys, dict(zip(keys, events.counts.tolist(), strict=True))
 
-    def _as_they_land(self, waiting: int, launch: Launch) -> None:
+    def _as_they_land(self, layer: int, waiting: int, launch: Launch) -> None:
         landed = self.core.landed
         while waiting:
-            self.spin()
-            if not landed:
-                continue
+            self._spin_for(layer, None)
             group = [copy.key for copy in landed]
             landed.clear()
             waiting -= len(group)
             launch(group)
+            self.ledger.mark(EXPERTS, layer)
 
-    def _in_order(self, order: Sequence[int], launch: Launch) -> None:
+    def _in_order(self, layer: int, order: Sequence[int], launch: Launch) -> None:
         state = self.core.memory.state
         at = 0
         while at < len(order):
@@ -125,9 +141,37 @@ class Driver:
                 at += 1
             if at > first:
                 launch(order[first:at])
+                self.ledger.mark(EXPERTS, layer)
             if at < len(order):
-                self.spin()
+                self._spin_for(layer, order[at])
         self.core.landed.clear()
+
+    def _spin_for(self, layer: int, key: int | None) -> None:
+        """Poll until ``key`` (None: any awaited expert) is there, and book the device's idleness.
+
+        A wait whose condition holds when it begins has none.
+        """
+        landed, state = self.core.landed, self.core.memory.state
+        dry = self._reached
+        if dry is not None:
+            dry.record()
+        idle_from = perf_counter_ns() if dry is None else 0
+        self.spin()
+        waited = False
+        while not (landed if key is None else state[key] == RESIDENT):
+            waited = True
+            if not idle_from and dry is not None and dry.query():
+                idle_from = perf_counter_ns()
+            self.spin()
+        now = self.ledger.mark(COPY, layer)
+        if waited and idle_from:
+            self._book_stall(landed[-1], now - idle_from)
+
+    def _book_stall(self, copy: Copy, stall_ns: int) -> None:
+        if copy.demand:
+            self.stall_miss_ns += stall_ns
+        else:
+            self.stall_late_ns += stall_ns
 
     def _take_in(self) -> None:
         self.copies.poll()

@@ -3,21 +3,28 @@
 The model is called as ever; where it would call its experts, the engine reads the ids back, lets
 the core decide, copies, and computes each group from the slots with transformers' own kernel. This
 is the path for prefill, for models that cannot be captured in CUDA graphs, and for plain CPUs.
+
+On a GPU the groups of a gated experts module are computed by the kernels of :mod:`replay.tiles`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from policies.core import DecisionCore
 from replay.driver import Driver
+from replay.ledger import SEGMENT
 from replay.slots import CopyEngine, SlotPool
 from replay.store import ExpertStore
+
+if TYPE_CHECKING:
+    from replay.tiles import TileExperts
 
 IMPLEMENTATION = "moesim_replay"
 KERNEL = "grouped_mm"
@@ -52,8 +59,8 @@ class EagerEngine:
         self.copies = CopyEngine(core, store, self.pool, window)
         self.driver = Driver(core, self.copies, touch_order)
         self.forced: Sequence[np.ndarray] | None = None
-        #: pass the hidden states through: no event, no experts (to warm up)
-        self.idle = False
+        self._ids: torch.Tensor | None = None
+        self._tiles = self._tile_experts() if self.pool.memory.is_cuda else None
         self._warm(store)
 
     def __enter__(self) -> EagerEngine:
@@ -69,29 +76,77 @@ class EagerEngine:
         for module in self._modules:
             del module._moesim_replay
 
+    @property
+    def kernel(self) -> str:
+        """What computes the experts: the project's own kernels or the library's."""
+        return KERNEL if self._tiles is None else "tiles"
+
+    def _tile_experts(self) -> TileExperts | None:
+        """None: no kernel of ours knows this kind of experts."""
+        # Triton is there where CUDA is.
+        from replay.kernels import gated_experts
+        from replay.tiles import TileExperts
+
+        kernels = [gated_experts(module, self.pool.views) for module in self._modules]
+        if any(kernel is None for kernel in kernels):
+            return None
+        return TileExperts(
+            [kernel for kernel in kernels if kernel is not None], self._core.shape.experts
+        )
+
     def begin_step(self, step: int, phase: str, begins: Sequence[int] = ()) -> None:
         """Before a forward pass."""
         self.driver.begin_step(step, phase, begins)
 
     def end_step(self, ends: Sequence[int] = ()) -> None:
         """After a forward pass, once its result is on the host."""
-        self.driver.wait()
+        head = len(self._modules)
+        self.driver.ledger.mark(SEGMENT, head)
+        self.driver.wait(head)
         self.driver.end_step(ends)
 
     def experts(
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """What the experts module returns, [rows, H], for ids and weights [rows, k]."""
-        if self.idle:
-            return torch.zeros_like(hidden)
         rows, top_k = ids.shape
-        on_host = ids.cpu().numpy() if self.forced is None else self.forced[layer]
+        narrow = ids.to(torch.int32)
+        on_host = self._host_ids(narrow)
         out = torch.empty(
             (rows * top_k, hidden.shape[-1]), dtype=hidden.dtype, device=hidden.device
         )
-        flat = np.ascontiguousarray(on_host).reshape(-1)
+        self.driver.ledger.mark(SEGMENT, layer)
+        self.driver.wait(layer)
+        chosen = on_host if self.forced is None else self.forced[layer]
+        flat = np.ascontiguousarray(chosen, dtype=np.int64).reshape(-1)
+        self.driver.event(layer, chosen, self._launcher(layer, hidden, flat, out, top_k))
+        weighted = out * weights.reshape(-1, 1)
+        return weighted.view(rows, top_k, -1).sum(1).to(hidden.dtype)
+
+    def _host_ids(self, ids: torch.Tensor) -> npt.NDArray[Any]:
+        """Where ``ids`` will be on the host, once the device has run everything."""
+        if not ids.is_cuda:
+            return ids.numpy()
+        if self._ids is None or self._ids.shape[1] != ids.shape[1] or len(self._ids) < len(ids):
+            self._ids = torch.empty(ids.shape, dtype=torch.int32, pin_memory=True)
+        host = self._ids[: len(ids)]
+        host.copy_(ids, non_blocking=True)
+        return host.numpy()
+
+    def _launcher(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        flat: npt.NDArray[np.int64],
+        out: torch.Tensor,
+        top_k: int,
+    ) -> Callable[[Sequence[int]], None]:
+        """What computes a group of the event: assignments ``flat``, results into ``out``."""
         base = layer * self._core.shape.experts
         slot_of = self._core.memory.slot_of
+        if self._tiles is not None:
+            event = self._tiles.event(layer, hidden, flat, out)
+            return lambda keys: event.launch({key - base: slot_of[key] for key in keys})
 
         def launch(keys: Sequence[int]) -> None:
             slots = np.full(self._core.shape.experts, -1, np.int64)
@@ -102,9 +157,7 @@ class EagerEngine:
             where = torch.from_numpy(picked).to(hidden.device)
             out[where] = self._compute(layer, hidden[where // top_k], chosen[picked])
 
-        self.driver.event(layer, on_host, launch)
-        weighted = out * weights.reshape(-1, 1)
-        return weighted.view(rows, top_k, -1).sum(1).to(hidden.dtype)
+        return launch
 
     def _compute(self, layer: int, hidden: torch.Tensor, slots: np.ndarray) -> torch.Tensor:
         """The experts in ``slots`` int [m] on ``hidden`` [m, H], unweighted."""

@@ -8,7 +8,7 @@ wait for the ids, decide, launch the experts' kernels group by group, and so on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from configs.errors import UserError
 from replay.driver import Driver
 from replay.kernels import GatedExperts, gated_experts
+from replay.ledger import SEGMENT
 from replay.slots import SlotPool
 
 IMPLEMENTATION = "moesim_capture"
@@ -37,7 +38,7 @@ class _Boundary:
 
 
 class CapturedStep:
-    """One decode step of ``rows`` tokens, cut into ``len(modules) + 1`` graphs.
+    """One decode step of ``rows`` tokens, cut into ``len(modules) + 1`` graphs; empties ``cache``.
 
     ``token``: int64 [rows, 1] on the device, the input. ``next_token``: int64 [rows], greedy.
     ``logits``: [rows, vocabulary]. The cache's own counters advance with every replay.
@@ -48,10 +49,18 @@ class CapturedStep:
         self.boundaries: list[_Boundary] = []
         self.graphs: list[torch.cuda.CUDAGraph] = []
         self._pool = torch.cuda.graph_pool_handle()
-        self._modules = list(modules)
         self._rows = rows
-        with _capturing(model, self._modules, self):
+        _warm_up(model, self.token, cache)
+        layers = {id(module): layer for layer, module in enumerate(modules)}
+
+        def cut(module: Any, hidden: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
+            ids, weights = (*args, *named.values())[:2]
+            return self.cut(layers[id(module)], hidden, ids, weights)
+
+        with _as_experts(model, cut):
             self._capture(model, cache)
+        with torch.inference_mode():
+            cache.reset()
 
     def _capture(self, model: Any, cache: StaticCache) -> None:
         stream = torch.cuda.Stream()
@@ -90,27 +99,26 @@ class CapturedStep:
 
 
 @contextmanager
-def _capturing(model: Any, modules: Sequence[Any], step: CapturedStep) -> Any:
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _cut)
+def _as_experts(model: Any, function: Any) -> Iterator[None]:
+    """Inside, the model calls ``function`` for its experts."""
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, function)
     kept = model.config._experts_implementation
-    for layer, module in enumerate(modules):
-        module._moesim_capture = (step, layer)
     model.set_experts_implementation(IMPLEMENTATION)
     try:
         yield
     finally:
         model.set_experts_implementation(kept)
-        for module in modules:
-            del module._moesim_capture
 
 
-def _cut(
-    module: Any, hidden: torch.Tensor, *args: torch.Tensor, **named: torch.Tensor
-) -> torch.Tensor:
-    ids, weights = (*args, *named.values())[:2]
-    step, layer = module._moesim_capture
-    result: torch.Tensor = step.cut(layer, hidden, ids, weights)
-    return result
+def _warm_up(model: Any, token: torch.Tensor, cache: StaticCache) -> None:
+    """The cache's tensors and the libraries' workspaces must be there before the capture."""
+
+    def nothing(module: Any, hidden: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
+        return torch.zeros_like(hidden)
+
+    with _as_experts(model, nothing), torch.inference_mode():
+        model(token, past_key_values=cache, use_cache=True)
+    torch.cuda.synchronize()
 
 
 class GroupLaunches:
@@ -171,13 +179,17 @@ class GraphEngine:
         """One step: the token in ``step.token`` goes in, the next one is there when it returns."""
         driver, captured = self.driver, self.step
         driver.begin_step(step, "decode", begins)
+        mark = driver.ledger.mark
         for layer, edge in enumerate(captured.boundaries):
             captured.graphs[layer].replay()
-            driver.wait()
+            mark(SEGMENT, layer)
+            driver.wait(layer)
             ids = edge.ids_on_host if self.forced is None else self.forced[layer]
             self._event(layer, ids)
+        head = len(captured.boundaries)
         captured.graphs[-1].replay()
-        driver.wait()
+        mark(SEGMENT, head)
+        driver.wait(head)
         driver.end_step(ends)
 
     def _event(self, layer: int, ids: np.ndarray) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,12 +15,12 @@ from transformers import StaticCache
 
 from policies.core import DecisionCore
 from replay.eager import EagerEngine
+from replay.ledger import STEP
 from replay.model import ReplayModel
-from replay.slots import SlotPool
 from sim.machine import StepTimes
 
 if TYPE_CHECKING:
-    from replay.graphs import GraphEngine
+    from replay.graphs import CapturedStep, GraphEngine
 
 Ints = npt.NDArray[Any]
 
@@ -41,58 +42,88 @@ class ForcedStep:
 
 @dataclass
 class Measured:
-    """Wall times of the steps, ns, and the chunks that the link carried."""
+    """Wall times of the steps, ns, what the host did, and the chunks that the link carried.
+
+    ``marks``: as :class:`replay.ledger.Ledger` has them. Of ``times``, segments and experts are
+    not told apart.
+    """
 
     times: StepTimes = field(default_factory=StepTimes)
     chunks: int = 0
     copied_bytes: int = 0
-    issue_ns: int = 0
+    marks: list[tuple[int, int, int]] = field(default_factory=list)
 
 
-class Replay:
-    """One model, one policy: the slots and the captured graphs live as long as this object.
+class Session:
+    """A model and what points share: the KV cache, and the decode step captured from it once.
 
     ``kv_capacity``: tokens of the static KV cache, the longest request.
     """
 
-    def __init__(
-        self, ready: ReplayModel, core: DecisionCore, kv_capacity: int, *, window: int = 2
-    ) -> None:
-        self._ready = ready
+    def __init__(self, ready: ReplayModel, kv_capacity: int) -> None:
+        self.ready = ready
+        self.device = next(ready.model.parameters()).device
+        self.cache = StaticCache(config=ready.model.config, max_cache_len=kv_capacity)
+        self.kv_capacity = kv_capacity
+        self._captured: CapturedStep | None = None
+
+    def captured(self) -> CapturedStep:
+        """One decode step of one token, cut at the experts."""
+        # Triton is there where CUDA is; a plain CPU needs neither.
+        from replay.graphs import CapturedStep
+
+        if self._captured is None:
+            ready = self.ready
+            self._captured = CapturedStep(ready.model, ready.modules, self.cache, 1)
+        return self._captured
+
+
+class Replay:
+    """One policy on a session's model: the slots live as long as this object."""
+
+    def __init__(self, session: Session, core: DecisionCore, *, window: int = 2) -> None:
+        ready = session.ready
+        self._session = session
         self._core = core
-        self._device = next(ready.model.parameters()).device
-        self._cache = StaticCache(config=ready.model.config, max_cache_len=kv_capacity)
-        self._eager = EagerEngine(ready.model, ready.modules, ready.store, core, window=window)
-        self._graphs: GraphEngine | None = None
+        self.eager = EagerEngine(ready.model, ready.modules, ready.store, core, window=window)
+        self._graphs = self._graph_engine() if session.device.type == "cuda" else None
 
     @torch.inference_mode()
     def run(self, steps: Sequence[ForcedStep]) -> Measured:
         """Run recorded steps in order; the ids of the trace are executed."""
         measured = Measured()
-        if self._device.type == "cuda":
-            self._capture()
-        for step in steps:
-            began = perf_counter_ns()
-            if step.begins:
-                self._cache.reset()
-            if step.prefill or self._graphs is None:
-                self._prefill(step)
-            else:
-                self._decode(step)
-            measured.times.begin.append(began)
-            measured.times.end.append(perf_counter_ns())
-        copies = self._eager.copies
+        driver = self.eager.driver
+        with _no_collection():
+            for step in steps:
+                began = driver.ledger.mark(STEP, -1)
+                late, miss = driver.stall_late_ns, driver.stall_miss_ns
+                if step.begins:
+                    self._session.cache.reset()
+                if step.prefill or self._graphs is None:
+                    self._prefill(step)
+                else:
+                    self._decode(step)
+                times = measured.times
+                times.begin.append(began)
+                times.end.append(driver.ledger.mark(STEP, -1))
+                times.stall_late.append(driver.stall_late_ns - late)
+                times.stall_miss.append(driver.stall_miss_ns - miss)
+        copies = self.eager.copies
+        copies.drain()
         measured.chunks, measured.copied_bytes = copies.chunks, copies.nbytes
-        measured.issue_ns = copies.issued_ns
+        measured.marks = driver.ledger.marks
         self._core.finish()
         return measured
 
     def _prefill(self, step: ForcedStep) -> None:
-        tokens = torch.from_numpy(step.token_ids[None].astype(np.int64)).to(self._device)
-        self._eager.forced = [step.experts[:, layer] for layer in range(step.experts.shape[1])]
-        with self._eager as engine:
+        tokens = torch.from_numpy(step.token_ids[None].astype(np.int64)).to(self._session.device)
+        engine = self.eager
+        engine.forced = [step.experts[:, layer] for layer in range(step.experts.shape[1])]
+        with engine:
             engine.begin_step(step.index, "prefill" if step.prefill else "decode", step.begins)
-            self._ready.model(tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+            self._session.ready.model(
+                tokens, past_key_values=self._session.cache, use_cache=True, logits_to_keep=1
+            )
             engine.end_step(step.ends)
 
     def _decode(self, step: ForcedStep) -> None:
@@ -102,26 +133,24 @@ class Replay:
         graphs.forced = step.experts.transpose(1, 0, 2)
         graphs.decode(step.index, step.begins, step.ends)
 
-    def _capture(self) -> None:
-        """Capture the decode step once; the cache is emptied afterwards."""
-        # Triton is there where CUDA is; a plain CPU needs neither.
-        from replay.graphs import CapturedStep, GraphEngine, GroupLaunches, require_kernels
+    def _graph_engine(self) -> GraphEngine:
+        from replay.graphs import GraphEngine, GroupLaunches, require_kernels
 
-        if self._graphs is not None:
-            return
-        ready, pool = self._ready, self._eager.pool
+        ready, pool = self._session.ready, self.eager.pool
         kernels = require_kernels(ready.modules, pool.views)
-        self._warm_up(pool)
-        step = CapturedStep(ready.model, ready.modules, self._cache, 1)
+        step = self._session.captured()
         launches = GroupLaunches(step, kernels, ready.top_k + 1)
-        self._graphs = GraphEngine(self._eager.driver, pool, step, launches)
-        self._cache.reset()
+        return GraphEngine(self.eager.driver, pool, step, launches)
 
-    def _warm_up(self, pool: SlotPool) -> None:
-        """The cache's tensors and the libraries' workspaces must be there before the capture."""
-        token = torch.zeros((1, 1), dtype=torch.long, device=self._device)
-        self._eager.idle = True
-        with self._eager:
-            self._ready.model(token, past_key_values=self._cache, use_cache=True)
-        self._eager.idle = False
-        torch.cuda.synchronize()
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection meanwhile: its pauses are longer than a layer."""
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()

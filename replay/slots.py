@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
-from time import perf_counter_ns
-from typing import Any
 
 import torch
 
 from policies.core import DecisionCore
 from policies.transfers import Copy
+from replay.cuda_driver import CopyStream
 from replay.layout import ExpertLayout
 from replay.store import ExpertStore
 
@@ -31,33 +29,29 @@ class SlotPool:
         return len(self.memory)
 
 
-@dataclass
-class _Flight:
-    """A chunk handed to the hardware; ``done`` is None where a copy is complete at once."""
-
-    copy: Copy
-    done: Any
-
-
 class CopyEngine:
     """Feeds the core's chunks to the device through a submission window.
 
     On CUDA, copies run on a stream of their own; a chunk has landed once its event is reached. On a
-    CPU a chunk is there as soon as it is handed over. ``issued_ns``: host time spent handing over.
+    CPU a chunk is there as soon as it is handed over. ``chunks``, ``nbytes``: handed over so far.
     """
 
     def __init__(
         self, core: DecisionCore, store: ExpertStore, pool: SlotPool, window: int = 2
     ) -> None:
         self._core = core
-        self._store = store
-        self._pool = pool
         self._window = window
-        self._flights: deque[_Flight] = deque()
+        self._source = store.memory.view(-1, store.layout.nbytes)
+        self._pool = pool
+        self._nbytes = store.layout.nbytes
+        self._flights: deque[tuple[Copy, int]] = deque()
         self.cuda = pool.memory.is_cuda
         self._stream = torch.cuda.Stream() if self.cuda else None
-        self._idle_events: list[Any] = []
-        self.issued_ns = 0
+        self._copies = (
+            None if self._stream is None else CopyStream(self._stream.cuda_stream, window)
+        )
+        self._source_at = self._source.data_ptr()
+        self._pool_at = pool.memory.data_ptr()
         self.chunks = 0
         self.nbytes = 0
 
@@ -68,42 +62,41 @@ class CopyEngine:
 
     def refill(self) -> None:
         """Hand over chunks while the window has room and the core names one."""
-        room = self._window - len(self._flights)
-        began = perf_counter_ns()
-        for _ in range(room):
-            chunk = self._core.next_chunk()
+        core = self._core
+        for _ in range(self._window - len(self._flights)):
+            chunk = core.next_chunk()
             if chunk is None:
-                break
-            self._flights.append(self._hand_over(*chunk))
-        self.issued_ns += perf_counter_ns() - began
+                return
+            self._hand_over(*chunk)
 
     def poll(self) -> bool:
         """Tell the core of chunks that have landed, in order; True: there was one."""
         landed = False
-        flights = self._flights
-        while flights and (flights[0].done is None or flights[0].done.query()):
-            flight = flights.popleft()
-            if flight.done is not None:
-                self._idle_events.append(flight.done)
-            self._core.chunk_done(flight.copy)
+        flights, copies = self._flights, self._copies
+        while flights and (copies is None or copies.landed(flights[0][1])):
+            self._core.chunk_done(flights.popleft()[0])
             landed = True
         return landed
 
-    def _hand_over(self, copy: Copy, nbytes: int) -> _Flight:
-        experts = self._core.shape.experts
+    def drain(self) -> None:
+        """Wait for what is under way, and tell nobody: the run is over."""
+        if self._stream is not None:
+            self._stream.synchronize()
+        if self._copies is not None:
+            self._copies.close()
+        self._flights.clear()
+
+    def _hand_over(self, copy: Copy, nbytes: int) -> None:
+        key, slot = copy.key, self._core.memory.slot_of[copy.key]
         # The core has counted this chunk as sent.
-        offset = sum(copy.chunk_bytes[: copy.sent - 1])
-        layer, expert = divmod(copy.key, experts)
-        source = self._store.expert(layer, expert)[offset : offset + nbytes]
-        slot = self._core.memory.slot_of[copy.key]
-        target = self._pool.memory[slot, offset : offset + nbytes]
+        offset = sum(copy.chunk_bytes[: copy.sent - 1]) if copy.chunks > 1 else 0
         self.chunks += 1
         self.nbytes += nbytes
-        if self._stream is None:
-            target.copy_(source)
-            return _Flight(copy, None)
-        done = self._idle_events.pop() if self._idle_events else torch.cuda.Event()
-        with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
-            done.record(self._stream)
-        return _Flight(copy, done)
+        if self._copies is None:
+            run = slice(offset, offset + nbytes)
+            self._pool.memory[slot, run].copy_(self._source[key, run])
+            self._flights.append((copy, 0))
+            return
+        target = self._pool_at + slot * self._nbytes + offset
+        source = self._source_at + key * self._nbytes + offset
+        self._flights.append((copy, self._copies.copy(target, source, nbytes)))

@@ -17,7 +17,7 @@ from policies.core import DecisionCore  # noqa: E402
 from policies.interface import PolicyData, Shape  # noqa: E402
 from replay.checkpoint import ExpertReader  # noqa: E402
 from replay.model import ReplayModel, from_checkpoint  # noqa: E402
-from replay.play import ForcedStep, Replay  # noqa: E402
+from replay.play import ForcedStep, Replay, Session  # noqa: E402
 from replay.skeleton import experts_modules, meta_model, read_config  # noqa: E402
 from sim.machine import Machine  # noqa: E402
 from tests.machines import FlatTiming  # noqa: E402
@@ -92,7 +92,7 @@ def test_the_replay_decides_what_the_simulator_decides(
 ) -> None:
     work, steps = recorded
     replayed, simulated = (make_core(twin, policy, share, **given) for _ in range(2))
-    measured = Replay(twin, replayed, work.max_context + 1).run(steps)
+    measured = Replay(Session(twin, work.max_context), replayed).run(steps)
     Machine(work, simulated, FlatTiming()).run()
     assert decisions(replayed) == decisions(simulated)
     assert replayed.tally == simulated.tally

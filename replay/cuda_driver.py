@@ -1,0 +1,80 @@
+"""Asynchronous copies and events through the CUDA driver: a few microseconds less for each.
+
+PyTorch spends 15 to 45 us of host time on a copy to a side stream and its event; a policy's copies
+are issued while the GPU waits for them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+_NOT_READY = 600
+_DISABLE_TIMING = 2
+
+
+class CudaDriverError(RuntimeError):
+    """A call of the CUDA driver failed."""
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL("libcuda.so.1")
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    library.cuMemcpyHtoDAsync_v2.argtypes = (ctypes.c_uint64, pointer, size, pointer)
+    library.cuEventCreate.argtypes = (ctypes.POINTER(pointer), ctypes.c_uint)
+    library.cuEventRecord.argtypes = (pointer, pointer)
+    library.cuEventQuery.argtypes = (pointer,)
+    library.cuEventDestroy_v2.argtypes = (pointer,)
+    return library
+
+
+def _check(status: int, call: str) -> None:
+    if status:
+        raise CudaDriverError(f"{call} failed with CUDA driver error {status}")
+
+
+class CopyStream:
+    """Host-to-device copies on one stream, each with an event; PyTorch's context must be current.
+
+    ``stream``: handle of a CUDA stream (``torch.cuda.Stream.cuda_stream``).
+    """
+
+    def __init__(self, stream: int, events: int) -> None:
+        self._cuda = _library()
+        self._stream = stream
+        self._copy = self._cuda.cuMemcpyHtoDAsync_v2
+        self._record = self._cuda.cuEventRecord
+        self._query = self._cuda.cuEventQuery
+        self._idle = [self._create() for _ in range(events)]
+        self._all = list(self._idle)
+
+    def _create(self) -> int:
+        event = ctypes.c_void_p()
+        _check(self._cuda.cuEventCreate(ctypes.byref(event), _DISABLE_TIMING), "cuEventCreate")
+        assert event.value is not None
+        return event.value
+
+    def copy(self, target: int, source: int, nbytes: int) -> int:
+        """Begin a copy from a host to a device address; returns the event that tells its end."""
+        event = self._idle.pop()
+        status = self._copy(target, source, nbytes, self._stream)
+        status = status or self._record(event, self._stream)
+        if status:
+            _check(status, "a copy")
+        return event
+
+    def landed(self, event: int) -> bool:
+        """Whether the copy has ended; its event may be used again then."""
+        status = self._query(event)
+        if status == _NOT_READY:
+            return False
+        _check(status, "cuEventQuery")
+        self._idle.append(event)
+        return True
+
+    def close(self) -> None:
+        """Destroy the events; no copy may be under way."""
+        for event in self._all:
+            _check(self._cuda.cuEventDestroy_v2(event), "cuEventDestroy")
+        self._all = self._idle = []
