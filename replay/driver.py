@@ -79,23 +79,24 @@ class Driver:
         wave = core.gate(layer, keys, tokens)
         for prediction in core.predictions(layer, keys):
             self._announce(prediction)
-        ledger.mark(DECIDE, layer)
+        ledger.mark(DECIDE, layer, wave.waiting)
         while True:
+            handed = self.copies.chunks
             self.copies.refill()
-            ledger.mark(ISSUE, layer)
+            ledger.mark(ISSUE, layer, self.copies.chunks - handed)
             if wave.order is not None and wave.waiting:
                 self._in_order(layer, wave.order, launch)
             else:
                 if wave.ready:
                     launch(wave.ready)
-                    ledger.mark(EXPERTS, layer)
+                    ledger.mark(EXPERTS, layer, len(wave.ready))
                 if wave.waiting:
                     self._as_they_land(layer, wave.waiting, launch)
             if wave.last:
                 return
             self.wait(layer)
             wave = core.next_wave()
-            ledger.mark(DECIDE, layer)
+            ledger.mark(DECIDE, layer, wave.waiting)
 
     def wait(self, layer: int) -> None:
         """Spin until the device has run everything that was launched."""
@@ -130,7 +131,7 @@ class Driver:
             landed.clear()
             waiting -= len(group)
             launch(group)
-            self.ledger.mark(EXPERTS, layer)
+            self.ledger.mark(EXPERTS, layer, len(group))
 
     def _in_order(self, layer: int, order: Sequence[int], launch: Launch) -> None:
         state = self.core.memory.state
@@ -141,7 +142,7 @@ class Driver:
                 at += 1
             if at > first:
                 launch(order[first:at])
-                self.ledger.mark(EXPERTS, layer)
+                self.ledger.mark(EXPERTS, layer, at - first)
             if at < len(order):
                 self._spin_for(layer, order[at])
         self.core.landed.clear()

@@ -90,9 +90,12 @@ class EagerEngine:
         kernels = [gated_experts(module, self.pool.views) for module in self._modules]
         if any(kernel is None for kernel in kernels):
             return None
-        return TileExperts(
-            [kernel for kernel in kernels if kernel is not None], self._core.shape.experts
-        )
+        shape = self._core.shape
+        known = [kernel for kernel in kernels if kernel is not None]
+        tiles = TileExperts(known, shape.experts, shape.top_k)
+        views = self.pool.views["down_proj"]
+        tiles.warm_up(torch.zeros((1, known[0].width), dtype=views.dtype, device=views.device))
+        return tiles
 
     def begin_step(self, step: int, phase: str, begins: Sequence[int] = ()) -> None:
         """Before a forward pass."""

@@ -21,6 +21,9 @@ from transformers.integrations.moe import _default_apply_gate
 SILU, CLAMPED_GLU = 0, 1
 TILE_ROWS = (16, 32, 64)
 TILE_COLUMNS, TILE_DEPTH = 64, 64
+TILE_FIELDS = tl.constexpr(4)
+"""Of a tile's description: three numbers, padded so that any run of tiles is aligned to 16 bytes
+(Triton compiles a kernel again for pointers that are not)."""
 
 
 @triton.jit
@@ -140,7 +143,7 @@ def _up_tiles(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    tile = tiles + tl.program_id(1) * 3
+    tile = tiles + tl.program_id(1) * TILE_FIELDS
     slot = tl.load(tile).to(tl.int64)
     m = tl.arange(0, BM)
     there = m < tl.load(tile + 2)
@@ -195,7 +198,7 @@ def _down_tiles(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    tile = tiles + tl.program_id(1) * 3
+    tile = tiles + tl.program_id(1) * TILE_FIELDS
     slot = tl.load(tile).to(tl.int64)
     m = tl.arange(0, BM)
     there = m < tl.load(tile + 2)
@@ -294,7 +297,7 @@ class GatedExperts:
         """Compute assignments in tiles of at most ``tile_rows`` (16, 32 or 64) of one expert.
 
         hidden [T, H]; order int32 [T * k]: assignments (token * k + rank) by expert; tiles int32
-        [tiles, 3]: slot, first place in ``order``, how many; act [T * k, I]; out [T * k, H].
+        [tiles, 4]: slot, first place in ``order``, how many, 0; act [T * k, I]; out [T * k, H].
         ``order`` and ``tiles`` may lie in pinned memory.
         """
         row, column = _strides(self.gate_up, self.transposed)

@@ -24,13 +24,16 @@ window is refilled; EXPERTS: a group is launched; COPY and CPU: polled until the
 
 
 class Ledger:
-    """``marks``: (end in ns of the monotonic clock, kind, layer), in order."""
+    """``marks``: (end in ns of the monotonic clock, kind, layer, how many), in order.
+
+    How many experts were awaited (DECIDE), chunks handed over (ISSUE), experts launched (EXPERTS).
+    """
 
     def __init__(self) -> None:
-        self.marks: list[tuple[int, int, int]] = []
+        self.marks: list[tuple[int, int, int, int]] = []
 
-    def mark(self, kind: int, layer: int) -> int:
+    def mark(self, kind: int, layer: int, count: int = 0) -> int:
         """What went on since the mark before was ``kind``, for ``layer``; returns the time."""
         now = perf_counter_ns()
-        self.marks.append((now, kind, layer))
+        self.marks.append((now, kind, layer, count))
         return now

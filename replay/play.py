@@ -51,7 +51,7 @@ class Measured:
     times: StepTimes = field(default_factory=StepTimes)
     chunks: int = 0
     copied_bytes: int = 0
-    marks: list[tuple[int, int, int]] = field(default_factory=list)
+    marks: list[tuple[int, int, int, int]] = field(default_factory=list)
 
 
 class Session:

@@ -56,7 +56,7 @@ class Link:
         self.cpu_from = self.cpu_until = 0
         self._source = source
         self._costs = costs
-        self._issue_ns = issue_ns
+        self.issue_ns = issue_ns
         self._cpu_slowdown_ppm = cpu_slowdown_ppm
         self._wire_ns: dict[int, int] = {}
         self._waiting: deque[tuple[Copy, int, int]] = deque()
@@ -71,7 +71,7 @@ class Link:
             chunk = self._source.next_chunk()
             if chunk is None:
                 break
-            free += self._issue_ns
+            free += self.issue_ns
             room -= 1
             if self._moving is None:
                 self._moving = chunk[0]
@@ -88,12 +88,55 @@ class Link:
         assert copy is not None
         self._source.chunk_done(copy)
         self.room += 1
+        self._follow()
+
+    def _follow(self) -> None:
         if self._waiting:
             self._moving, nbytes, ready = self._waiting.popleft()
             self.lands = self.occupy(nbytes, ready)
         else:
             self._moving = None
             self.lands = NEVER
+
+    def under_way(self) -> list[Copy]:
+        """Copies of the chunks that were handed over and have not landed, in order."""
+        if self._moving is None:
+            return []
+        return [self._moving, *[copy for copy, _, _ in self._waiting]]
+
+    def land_and_send(self, chunks: deque[tuple[Copy, int]], polled: bool) -> Copy:
+        """As :meth:`land`, but the copy alone is told; it is returned.
+
+        ``polled``: the host sees it at once, and hands over the next of ``chunks``.
+        """
+        landed = self._moving
+        assert landed is not None
+        landed.landed += 1
+        now = self.lands
+        self.room += 1
+        if self._waiting:
+            self._moving, nbytes, ready = self._waiting.popleft()
+            self.lands = self.occupy(nbytes, ready)
+        else:
+            self._moving = None
+            self.lands = NEVER
+        if polled and chunks:
+            self.send(chunks, now)
+        return landed
+
+    def send(self, chunks: deque[tuple[Copy, int]], now: int) -> None:
+        """As :meth:`refill`, from ``chunks`` that the source has named ahead."""
+        free = now if now > self.host_free else self.host_free
+        while self.room > 0 and chunks:
+            copy, nbytes = chunks.popleft()
+            free += self.issue_ns
+            self.room -= 1
+            if self._moving is None:
+                self._moving = copy
+                self.lands = self.occupy(nbytes, free)
+            else:
+                self._waiting.append((copy, nbytes, free))
+        self.host_free = free
 
     def occupy(self, nbytes: int, ready: int) -> int:
         """A chunk handed over at ``ready`` follows the one before; returns when it has landed."""

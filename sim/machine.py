@@ -23,7 +23,8 @@ from policies.transfers import Copy
 from sim.gpu import EXPERTS, HEAD, SEGMENT, SETTLED, GpuStream
 from sim.link import NEVER, Link
 from sim.quiet import QuietLink
-from sim.timing import Timing
+from sim.rush import Rush, can_rush
+from sim.timing import HostCosts, Timing
 from tracer.workload import Step, Workload
 
 _PPM = 1_000_000
@@ -76,6 +77,7 @@ class Machine:
             timing, self.link, self.gpu, workload.num_layers, workload.num_experts
         )
         self.times = StepTimes()
+        self._costs = timing.host
         self.stall_late = self.stall_miss = self.stall_cpu = 0
         self.clock = 0
         self._bursts = bursts and core.options.order == "cached-first"
@@ -116,7 +118,10 @@ class Machine:
 
     def _step(self, step: Step, kv_tokens: int, now: int) -> int:
         core = self.core
-        now += self.timing.host.step_ns
+        host = self.timing.host_for(step.tokens)
+        if host is not self._costs:
+            self._use(host)
+        now += host.step_ns
         self._catch_up(now)
         self.clock = now
         for request in step.begins:
@@ -130,6 +135,12 @@ class Machine:
             core.request_end(request)
         return now
 
+    def _use(self, host: HostCosts) -> None:
+        """Host costs from now on."""
+        self._costs = host
+        self.link.issue_ns = host.copy_issue_ns
+        self._quiet.use(host)
+
     def _book(self, marks: tuple[int, ...]) -> None:
         """Where the step's time went, as differences of running sums."""
         times, busy = self.times, self.gpu.busy_ns
@@ -142,7 +153,7 @@ class Machine:
 
     def _layers(self, step: Step, kv_tokens: int, now: int) -> int:
         core, link, gpu, timing = self.core, self.link, self.gpu, self.timing
-        host = timing.host
+        host = self._costs
         slowdown = timing.segment_slowdown_ppm
         events = self.workload.events.step(step.index)
         counts = self.workload.events.step_counts(step.index) if step.tokens > 1 else None
@@ -206,7 +217,7 @@ class Machine:
             return 0
         if len(queue.high) != wave.waiting:
             return 0  # promoted prefetches that this wave does not wait for
-        now += self.timing.host.decision_ns
+        now += self._costs.gate_ns(wave.waiting)
         if not wave.waiting:
             return self._launch(layer, wave.ready, tokens, now) if wave.ready else now
         return self._burst(layer, wave, tokens, now) if self._bursts else 0
@@ -214,7 +225,7 @@ class Machine:
     def _execute(self, layer: int, wave: Wave, tokens: dict[int, int] | None, now: int) -> int:
         """Decide, refill, and launch the wave's groups as their experts are there."""
         link = self.link
-        now += self.timing.host.decision_ns
+        now += self._costs.gate_ns(wave.waiting)
         if link.lands <= now:
             self._catch_up(now)
         self.clock = now
@@ -264,11 +275,36 @@ class Machine:
         """One launch for all that has landed since the last."""
         landed = self.core.landed
         while waiting:
+            if self._bursts and not (landed or self._coming) and can_rush(self.core, self.link):
+                return self._rush(layer, waiting, tokens, now)
             now = self._spin_for_landing(None, now)
             group = [copy.key for copy in landed]
             landed.clear()
             waiting -= len(group)
-            now = self._launch(layer, group, tokens, now)
+            now = self._launch(layer, group, tokens, now + self._costs.landing_ns)
+        return now
+
+    def _rush(self, layer: int, waiting: int, tokens: dict[int, int] | None, now: int) -> int:
+        """:meth:`_as_they_land` where the order of what lands is known: the core is told at once.
+
+        Other copies follow behind, so none of them lands before the last that is awaited.
+        """
+        core, link = self.core, self.link
+        rush = Rush(core, link, waiting)
+        while rush.waiting:
+            began = now
+            now = rush.spin(now)
+            if now > began:
+                self._count_stall(rush.landed[-1], began, now)
+            while link.host_free > now:
+                now = link.host_free
+                if rush.waiting:
+                    rush.land_until(now)
+                else:
+                    self._advance(now)
+            group = [copy.key for copy in rush.landed]
+            now = self._launch(layer, group, tokens, now + self._costs.landing_ns)
+            rush.landed.clear()
         return now
 
     def _in_order(
@@ -285,7 +321,7 @@ class Machine:
             if at > first:
                 now = self._launch(layer, order[first:at], tokens, now)
             if at < len(order):
-                now = self._spin_for_landing(order[at], now)
+                now = self._spin_for_landing(order[at], now) + self._costs.landing_ns
         self.core.landed.clear()
         return now
 
@@ -353,11 +389,16 @@ class Machine:
 
     def _count_stall(self, copy: Copy, began: int, now: int) -> None:
         """Time the GPU stood idle because the host waited for this copy since ``began``."""
-        idle_from = self.gpu.end(self._known_until(now))
+        lands = self.link.lands
+        idle_from = self.gpu.end(now if lands == NEVER else lands)
         if idle_from < began:
             idle_from = began
-        if idle_from < now:
-            self._book_stall(copy, now - idle_from)
+        if idle_from >= now:
+            return
+        if copy.demand:
+            self.stall_miss += now - idle_from
+        else:
+            self.stall_late += now - idle_from
 
     def _book_stall(self, copy: Copy, stall_ns: int) -> None:
         if copy.demand:
@@ -379,7 +420,7 @@ class Machine:
     def _spin_for_gpu(self, now: int) -> int:
         """Poll until everything submitted has run and its result is on the host."""
         link, gpu = self.link, self.gpu
-        readback = self.timing.host.readback_ns
+        readback = self._costs.readback_ns
         self._begin_spin(now)
         while True:
             quiet = link.lands == NEVER and not self._coming
@@ -424,7 +465,7 @@ class Machine:
         if cpu_end > began:
             idle_from = max(began, self.gpu.end(self._known_until(now)))
             self.stall_cpu += max(0, cpu_end - idle_from)
-        now += self.timing.host.experts_launch_ns
+        now += self._costs.experts_launch_ns
         self.gpu.submit(now, self.timing.combine_ns(), self.timing.experts_slowdown_ppm, EXPERTS)
         return now
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from sim.gpu import EXPERTS, GpuStream
 from sim.link import Link
-from sim.timing import Timing
+from sim.timing import HostCosts, Timing
 
 
 class QuietLink:
@@ -20,8 +20,7 @@ class QuietLink:
         self._timing = timing
         self._link = link
         self._gpu = gpu
-        self._launch_ns = timing.host.experts_launch_ns
-        self._issue_ns = timing.host.copy_issue_ns
+        self._host = timing.host
         self._slowdown_ppm = timing.experts_slowdown_ppm
         # One token assigned to each expert: a decode step of one request.
         self._decode_ns = [
@@ -29,6 +28,10 @@ class QuietLink:
             for layer in range(layers)
         ]
         self._experts_ns: dict[tuple[int, int, int], int] = {}
+
+    def use(self, host: HostCosts) -> None:
+        """Host costs from now on."""
+        self._host = host
 
     def launch(self, layer: int, size: int, assigned: int, now: int) -> int:
         """The host launches a group of ``size`` experts; returns when it is free again.
@@ -43,7 +46,8 @@ class QuietLink:
                 known = self._timing.experts_ns(layer, size, assigned)
                 self._experts_ns[layer, size, assigned] = known
             cost = known
-        now += self._launch_ns
+        host = self._host
+        now += host.experts_launch_ns + (size - 1) * host.launch_each_ns
         self._gpu.pending.append((now, cost, self._slowdown_ppm, EXPERTS))
         return now
 
@@ -62,7 +66,12 @@ class QuietLink:
         ``assigned``: tokens of the expert that this chunk completes, 0 where it completes none.
         ``book_stall(chunk, ns)`` is told how long the GPU stood idle for it.
         """
-        link, gpu, window, issue = self._link, self._gpu, self._link.window, self._issue_ns
+        link, gpu, window, issue = (
+            self._link,
+            self._gpu,
+            self._link.window,
+            self._host.copy_issue_ns,
+        )
         ends: list[int] = []
         for size in sizes[:window]:
             now += issue
@@ -98,6 +107,6 @@ class QuietLink:
                 done += 1
             group = [tokens for tokens in assigned[landed:done] if tokens]
             landed = done
-            now = free if free > seen else seen
+            now = (free if free > seen else seen) + self._host.landing_ns
             now = self.launch(layer, len(group), sum(group), now)
         return now

@@ -22,7 +22,7 @@ from sim.gpu import EXPERTS, SETTLED, GpuStream
 from sim.link import Link
 from sim.machine import StepTimes, chunks_to_copy
 from sim.quiet import QuietLink
-from sim.timing import Timing
+from sim.timing import HostCosts, Timing
 from tracer.workload import Workload
 
 Ints = npt.NDArray[np.int64]
@@ -174,14 +174,13 @@ class Timed:
 
 def play(tape: Tape, workload: Workload, timing: Timing, *, window: int = 2) -> Timed:
     """Time a tape on one machine. ``window``: chunks handed to the hardware at a time."""
-    clock = _EventClock(timing, workload, window)
-    by_kind = np.array([clock.event(shape) for shape in tape.shapes], np.int64).reshape(-1, 4)
-    until_next, experts, stall, link_busy = by_kind[tape.kinds].T
-    host = timing.host
+    hosts = [timing.host_for(step.tokens) for step in workload.steps()]
+    until_next, experts, stall, link_busy = _events_ns(tape, workload, timing, window, hosts).T
     segments = _segments_ns(tape, workload, timing)
     heads = np.array([timing.head_ns(len(step.requests)) for step in workload.steps()], np.int64)
-    gated = segments + host.readback_ns + until_next
-    edges = host.step_ns + host.segment_launch_ns + host.readback_ns
+    readback = np.array([host.readback_ns for host in hosts], np.int64)
+    gated = segments + np.repeat(readback, np.diff(tape.begins)) + until_next
+    edges = readback + [host.step_ns + host.segment_launch_ns for host in hosts]
     lengths = _by_step(gated, tape.begins) + heads + edges
     ends = np.cumsum(lengths)
     zeros = [0] * len(lengths)
@@ -195,6 +194,23 @@ def play(tape: Tape, workload: Workload, timing: Timing, *, window: int = 2) -> 
         stall_cpu=zeros,
     )
     return Timed(times, int(link_busy.sum()))
+
+
+def _events_ns(
+    tape: Tape, workload: Workload, timing: Timing, window: int, hosts: list[HostCosts]
+) -> Ints:
+    """Of every event what :meth:`_EventClock.event` gives, int [events, 4]."""
+    clock = _EventClock(timing, workload, window)
+    kinds_of_host = {host: index for index, host in enumerate(dict.fromkeys(hosts))}
+    host_of_step = np.array([kinds_of_host[host] for host in hosts], np.int64)
+    host_of_event = np.repeat(host_of_step, np.diff(tape.begins))
+    pairs, which = np.unique(
+        np.stack((host_of_event, tape.kinds), axis=1), axis=0, return_inverse=True
+    )
+    known = list(kinds_of_host)
+    times = [clock.event(tape.shapes[kind], known[host]) for host, kind in pairs.tolist()]
+    result: Ints = np.array(times, np.int64).reshape(-1, 4)[which.reshape(-1)]
+    return result
 
 
 def _by_step(values: Ints, begins: Ints) -> Ints:
@@ -226,7 +242,6 @@ class _EventClock:
     """Times one kind of event after the other on an idle machine."""
 
     def __init__(self, timing: Timing, workload: Workload, window: int) -> None:
-        self._host = timing.host
         # A link of its own that nobody asks for chunks: only its arithmetic is used.
         self._link = Link(_Nothing(), timing.link, window, timing.host.copy_issue_ns)
         self._gpu = GpuStream(self._link)
@@ -236,16 +251,18 @@ class _EventClock:
         self._gate = 1
         self._stall = 0
 
-    def event(self, shape: EventShape) -> tuple[int, int, int, int]:
+    def event(self, shape: EventShape, host: HostCosts) -> tuple[int, int, int, int]:
         """Ns from the gate to the next segment's start on the GPU; experts, stalls, link busy."""
-        link, gpu, host = self._link, self._gpu, self._host
+        link, gpu = self._link, self._gpu
+        link.issue_ns = host.copy_issue_ns
+        self._quiet.use(host)
         began = self._gate
         experts, link_busy, self._stall = gpu.busy_ns[EXPERTS], link.busy_ns, 0
         now = began
         for index, wave in enumerate(shape.waves):
             if index:
                 now = gpu.end(SETTLED) + host.readback_ns
-            now += host.decision_ns
+            now += host.gate_ns(len(wave.assigned) - wave.assigned.count(0))
             if wave.sizes:
                 now = self._quiet.burst(
                     shape.layer, wave.ready, wave.sizes, wave.assigned, now, self._book_stall

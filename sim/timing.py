@@ -18,7 +18,11 @@ _ACTIVATION_BYTES = 2
 
 @dataclass(frozen=True)
 class HostCosts:
-    """Host time of each action, ns. See docs/contract.md for where each is spent."""
+    """Host time of each action, ns. See docs/contract.md for where each is spent.
+
+    ``launch_each_ns``: more for each expert of a launch beyond the first. ``awaited_ns``: more for
+    each expert that a wave awaits. ``landing_ns``: from an awaited landing until the host goes on.
+    """
 
     segment_launch_ns: int
     experts_launch_ns: int
@@ -26,6 +30,17 @@ class HostCosts:
     decision_ns: int
     copy_issue_ns: int
     step_ns: int
+    launch_each_ns: int = 0
+    awaited_ns: int = 0
+    landing_ns: int = 0
+
+    def launch_ns(self, experts: int) -> int:
+        """Of one group of experts."""
+        return self.experts_launch_ns + (experts - 1) * self.launch_each_ns
+
+    def gate_ns(self, awaited: int) -> int:
+        """Of a decision about a wave that awaits so many experts."""
+        return self.decision_ns + awaited * self.awaited_ns
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,7 @@ class Timing(ABC):
     """Durations of GPU and CPU work, and the machine's constants.
 
     Slowdowns are in millionths: a kernel of nominal length n takes n * (1 + ppm / 10**6) while
-    copies run all along.
+    copies run all along. ``host``: of a decode step.
     """
 
     provenance: str
@@ -79,6 +94,10 @@ class Timing(ABC):
     @abstractmethod
     def combine_ns(self) -> int:
         """GPU time to add what the CPU computed."""
+
+    def host_for(self, tokens: int) -> HostCosts:
+        """Host costs of a step of so many tokens."""
+        return self.host
 
     def copy_ns(self, nbytes: int) -> int:
         """A copy of ``nbytes`` on an idle link, from the host's hand-over to its landing."""

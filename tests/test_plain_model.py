@@ -45,7 +45,11 @@ class OddTiming(Timing):
     cpu_slowdown_ppm: int = 0
     link_slowdown_cpu_ppm: int = 0
     predictor_ns: dict[str, int] = field(default_factory=dict)
+    many_tokens: HostCosts | None = None
     provenance = "made up"
+
+    def host_for(self, tokens: int) -> HostCosts:
+        return self.host if tokens == 1 or self.many_tokens is None else self.many_tokens
 
     def segment_ns(self, layer: int, tokens: int, requests: int, kv_tokens: int) -> int:
         return self.segment + layer % 2 + tokens + 2 * requests + kv_tokens // 8
@@ -294,6 +298,31 @@ def test_two_misses_through_a_window_of_two(run: Run) -> None:
     assert figures["stall_miss"][0] == 69 - 50
 
 
+@MODELS
+def test_the_host_takes_time_for_each_awaited_expert_and_each_landing(run: Run) -> None:
+    # As above, but decided at 40. Handed over at 46 and 52; they land at 71 and 89. The spin from 52
+    # ends at 71, the host goes on at 73: kernel from 76, beside the copy until 89, when 8 of its 10
+    # are done, so until 91. The spin from 76 ends at 89, when the GPU is still busy; the host goes
+    # on at 91: kernel 94 to 104. Head launched at 96, runs 104 to 114, read back at 118.
+    timing = replace(BY_HAND, host=replace(BY_HAND.host, awaited_ns=1, landing_ns=2))
+    figures = run(Case(window=2, layers=1, slots=2, steps=2), timing)
+    assert figures["end"][0] == 118
+    assert figures["experts"][0] == 15 + 10
+    assert figures["stall_miss"][0] == 71 - 52
+
+
+@MODELS
+def test_a_launch_takes_longer_for_each_expert_and_in_a_step_of_many_tokens(run: Run) -> None:
+    # One layer whose two experts are there in the second step. Step work 7, segment launched at 9,
+    # runs until 29, read back at 33, decided at 38, launched at 41 + 10: kernel of 7 + 2 * 2 + 2
+    # until 64. Head launched at 53, runs 64 to 74, read back at 78.
+    timing = replace(BY_HAND, host=replace(BY_HAND.host, launch_each_ns=10))
+    figures = run(Case(window=2, layers=1, slots=2, steps=2, experts=2), timing)
+    assert figures["end"][1] - figures["end"][0] == 78
+    slow = replace(timing, many_tokens=replace(timing.host, launch_each_ns=11))
+    assert run(Case(window=2, layers=1, slots=2, steps=2, experts=2), slow) == figures
+
+
 # ---------------------------------------------------------------------- chosen cases
 
 DELAYED = {"oracle": 23, "next_gate": 31, "map_search": 37, "learned": 43}
@@ -309,6 +338,11 @@ TIMINGS = {
     "delayed": OddTiming(predictor_ns=DELAYED),
     "delayed-slowdown": replace(SLOW, predictor_ns=DELAYED),
     "slow-host": OddTiming(HostCosts(9, 8, 5, 13, 10, 41), predictor_ns=DELAYED),
+    "by-size": OddTiming(
+        replace(HOST, launch_each_ns=2, awaited_ns=3, landing_ns=4),
+        predictor_ns=DELAYED,
+        many_tokens=HostCosts(9, 8, 5, 13, 10, 41, launch_each_ns=1, awaited_ns=2, landing_ns=6),
+    ),
     "fast-gpu": OddTiming(HostCosts(1, 1, 1, 1, 1, 1), segment=1, experts=1, predictor_ns=DELAYED),
 }
 CASES = {

@@ -169,6 +169,7 @@ class PlainModel:
         self.experts_ns = cache(timing.experts_ns)
         self.head_ns = cache(timing.head_ns)
         self.kv_tokens = workload.max_context
+        self.host = timing.host
         self.link = PlainLink(self.env, core, timing, window)
         self.gpu = PlainGpu(self.env, self.link)
         self.hands = simpy.Resource(self.env, 1)
@@ -204,7 +205,8 @@ class PlainModel:
 
     def _step(self, step: Step) -> Steps:
         core = self.core
-        yield self._host_event(self.timing.host.step_ns)
+        self.host = self.timing.host_for(step.tokens)
+        yield self._host_event(self.host.step_ns)
         for request in step.begins:
             core.request_begin(request)
         core.step_begin(step.index, "prefill" if step.prefill_tokens else "decode")
@@ -228,7 +230,7 @@ class PlainModel:
     def _layer(
         self, step: Step, layer: int, keys: list[int], tokens: dict[int, int], before: int | None
     ) -> Steps:
-        core, host = self.core, self.timing.host
+        core, host = self.core, self.host
         yield from self._submit_segment(
             self.segment_ns(layer, step.tokens, len(step.requests), self.kv_tokens)
         )
@@ -241,12 +243,12 @@ class PlainModel:
             # Whichever experts a lossy rule chose, the token is assigned to each once.
             tokens = defaultdict(lambda: 1)
         self._announce(core.predictions(layer, keys))
-        yield self._host_event(host.decision_ns)
+        yield self._host_event(host.decision_ns + host.awaited_ns * wave.waiting)
         yield from self._wave(wave, layer, tokens)
         while not wave.last:
             yield from self._spin_for_gpu()
             wave = core.next_wave()
-            yield self._host_event(host.decision_ns)
+            yield self._host_event(host.decision_ns + host.awaited_ns * wave.waiting)
             yield from self._wave(wave, layer, tokens)
 
     def _wave(self, wave: Wave, layer: int, tokens: dict[int, int]) -> Steps:
@@ -271,6 +273,7 @@ class PlainModel:
             group = [copy.key for copy in landed]
             landed.clear()
             missing -= len(group)
+            yield self._host_event(self.host.landing_ns)
             yield from self._launch(group, layer, tokens)
 
     def _in_order(self, order: list[int], layer: int, tokens: dict[int, int]) -> Steps:
@@ -283,16 +286,18 @@ class PlainModel:
                 yield from self._launch(group, layer, tokens)
             if rest:
                 yield from self._spin_for_landing(lambda: state[rest[0]] == RESIDENT)
+                yield self._host_event(self.host.landing_ns)
 
     def _launch(self, group: Iterable[int], layer: int, tokens: dict[int, int]) -> Steps:
         group = list(group)
         assignments = sum(tokens[key] for key in group)
-        yield self._host_event(self.timing.host.experts_launch_ns)
+        more_ns = self.host.launch_each_ns * (len(group) - 1)
+        yield self._host_event(self.host.experts_launch_ns + more_ns)
         nominal_ns = self.experts_ns(layer, len(group), assignments)
         self.gpu.submit(nominal_ns, self.timing.experts_slowdown_ppm, self.result.experts)
 
     def _submit_segment(self, nominal_ns: int) -> Steps:
-        yield self._host_event(self.timing.host.segment_launch_ns)
+        yield self._host_event(self.host.segment_launch_ns)
         self.gpu.submit(nominal_ns, self.timing.segment_slowdown_ppm, self.result.segments)
 
     def _host_event(self, delay_ns: int = 0) -> Event:
@@ -324,7 +329,7 @@ class PlainModel:
     def _read_back(self) -> Steps:
         assert self.gpu.last is not None
         yield self.gpu.last
-        yield self.env.timeout(self.timing.host.readback_ns)
+        yield self.env.timeout(self.host.readback_ns)
 
     def _spin_for_landing(self, is_over: Callable[[], bool]) -> Steps:
         began = self.env.now
@@ -361,7 +366,7 @@ class PlainModel:
     def _refill_before_launch(self) -> Steps:
         """The refill after a decision: the host does nothing else until all is handed over."""
         for chunk in self._refill():
-            yield self._host_event(self.timing.host.copy_issue_ns)
+            yield self._host_event(self.host.copy_issue_ns)
             self.env.process(self.link.carry(*chunk))
 
     def _refill_while_spinning(self) -> list[Event]:
@@ -373,7 +378,7 @@ class PlainModel:
 
     def _hand_over(self, copy: Copy, nbytes: int, place: Event, turn: Event) -> Steps:
         yield turn
-        yield self.env.timeout(self.timing.host.copy_issue_ns)
+        yield self.env.timeout(self.host.copy_issue_ns)
         self.hands.release(turn)
         self.env.process(self.link.carry(copy, nbytes, place))
 
@@ -416,7 +421,7 @@ class PlainModel:
         yield from self._spin(lambda: cpu.processed, cpu)
         if ready > began:
             self.result.stall_cpu[-1] += self._stalled(began, ready)
-        yield self._host_event(self.timing.host.experts_launch_ns)
+        yield self._host_event(self.host.experts_launch_ns)
         self.gpu.submit(
             self.timing.combine_ns(), self.timing.experts_slowdown_ppm, self.result.experts
         )

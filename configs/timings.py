@@ -1,0 +1,148 @@
+"""Times of one model on one machine, measured: what the simulator reads where it is there.
+
+A file of `configs/timings/HARDWARE/GEOMETRY.yaml`, or the user's own, written by
+`moesim calibrate --geometry`. Without one, times are estimated from bytes and flops.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from configs.errors import UserError
+from configs.load import read_yaml
+
+_MAX_NS = 10_000_000_000
+Ns = Annotated[int, Field(ge=0, le=_MAX_NS)]
+Slowdown = Annotated[float, Field(ge=0, le=10)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class HostTimes(_Strict):
+    """Host time of each action, ns; docs/contract.md says where each is spent."""
+
+    step_ns: Ns
+    segment_launch_ns: Ns
+    experts_launch_ns: Ns
+    """Of one expert."""
+    launch_each_ns: Ns
+    """More for each expert more in a launch."""
+    readback_ns: Ns
+    decision_ns: Ns
+    """Of a gate event whose experts are all there."""
+    awaited_ns: Ns
+    """More for each expert that the event awaits."""
+    copy_issue_ns: Ns
+    landing_ns: Ns
+    """From the end of an awaited copy until the host goes on."""
+
+
+class ExpertsTime(_Strict):
+    """GPU time of one launch over so many distinct experts."""
+
+    experts: int = Field(ge=1)
+    ns: Ns
+
+
+class Pass(_Strict):
+    """A forward pass of ``tokens`` of one request; one token is a decode step.
+
+    ``kv_tokens``: capacity of the KV cache it was measured with. ``segment_ns``: by MoE layer, GPU
+    time from the experts of the layer before to this layer's gate, as far as the host sees it.
+    """
+
+    tokens: int = Field(ge=1)
+    kv_tokens: int = Field(ge=1)
+    host: HostTimes
+    segment_ns: tuple[Ns, ...] = Field(strict=False, min_length=1)
+    head_ns: Ns
+    after_wait_ns: Ns
+    """More for a segment after a wait for copies."""
+    experts: tuple[ExpertsTime, ...] = Field(strict=False, min_length=1)
+
+    @model_validator(mode="after")
+    def _sorted(self) -> Self:
+        counts = [entry.experts for entry in self.experts]
+        if counts != sorted(set(counts)):
+            raise ValueError(f"experts must go up from entry to entry, got {counts}")
+        return self
+
+    def experts_ns(self, experts: int) -> int:
+        """GPU time of a launch over so many: interpolated, beyond the last in proportion."""
+        known = self.experts
+        for low, high in pairwise(known):
+            if experts <= high.experts and experts >= low.experts:
+                share = (experts - low.experts) / (high.experts - low.experts)
+                return round(low.ns + share * (high.ns - low.ns))
+        if experts < known[0].experts:
+            return known[0].ns
+        return round(known[-1].ns * experts / known[-1].experts)
+
+
+class PolicyTimes(_Strict):
+    """Host time of one policy's decisions, in place of those of the pass."""
+
+    decision_ns: Ns
+    awaited_ns: Ns
+    copy_issue_ns: Ns
+
+
+class LinkTimes(_Strict):
+    """Of copies of this model's experts."""
+
+    bytes_per_s: int = Field(ge=10**8, le=2 * 10**12)
+    startup_ns: Ns
+    gap_ns: Ns
+
+
+class ModelTimes(_Strict):
+    """One model on one machine.
+
+    ``machine``: GPU, driver, software; ``source``: the command. ``policies``: by name.
+    """
+
+    hardware: str = Field(min_length=1)
+    geometry: str = Field(min_length=1)
+    expert_dtype: str = Field(min_length=1)
+    machine: str = Field(min_length=1)
+    source: str = Field(min_length=1)
+    passes: tuple[Pass, ...] = Field(strict=False, min_length=1)
+    link: LinkTimes
+    segment_slowdown: Slowdown
+    experts_slowdown: Slowdown
+    policies: dict[str, PolicyTimes] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        kinds = [(each.tokens, each.kv_tokens) for each in self.passes]
+        if kinds != sorted(set(kinds)):
+            raise ValueError("passes must go up by tokens, then kv_tokens, each once")
+        if kinds[0][0] != 1:
+            raise ValueError("passes lack a decode step (tokens: 1)")
+        if len({len(each.segment_ns) for each in self.passes}) > 1:
+            raise ValueError("passes differ in how many layers segment_ns has")
+        return self
+
+
+def find_timings(hardware: str, geometry: str) -> ModelTimes | None:
+    """What is shipped for a machine and a model; None: nothing is."""
+    file = resources.files("configs") / "timings" / hardware / f"{geometry}.yaml"
+    return read_yaml(ModelTimes, file) if file.is_file() else None
+
+
+def load_timings(path: str | os.PathLike[str]) -> ModelTimes:
+    """A user's file. Raises UserError for one that is missing or wrong."""
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(
+            f"timings file '{file}' is not there; `moesim calibrate --geometry` writes one"
+        )
+    return read_yaml(ModelTimes, file)

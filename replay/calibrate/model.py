@@ -1,0 +1,358 @@
+"""Times of one model on this machine: the engine itself on made-up routing, a cause at a time.
+
+A decode step's routing is drawn so that so many experts of each event miss: a few experts of a
+layer are always asked for, the others in turn, from a cache that cannot hold the turn. No trace, no
+policy under test and no point that is judged later takes part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+import policies
+from configs.timings import ExpertsTime, HostTimes, LinkTimes, Pass
+from policies.capacity import plan_memory
+from policies.core import DecisionCore
+from policies.interface import PolicyData, Shape
+from replay.cuda_driver import CopyStream
+from replay.ledger import COPY, DECIDE, EXPERTS, GPU, ISSUE, SEGMENT, STEP
+from replay.play import ForcedStep, Measured, Replay, Session
+from replay.slots import SlotPool
+
+if TYPE_CHECKING:
+    from replay.graphs import GroupLaunches
+    from replay.tiles import TileEvent
+
+Ints = npt.NDArray[np.int64]
+
+DECODE_STEPS = 60
+_SETTLING = 8  # steps of a run that are left out: caches fill, clocks rise
+_PREFILLS = 6
+_TRAIN = 40  # copies back to back
+_REPEATS = 30
+
+
+@dataclass(frozen=True)
+class Marks:
+    """A run's ledger as arrays; ``step`` is -1 before the first."""
+
+    duration: Ints
+    end: Ints
+    kind: Ints
+    layer: Ints
+    count: Ints
+    step: Ints
+    settling: int
+
+    @classmethod
+    def of(cls, measured: Measured, settling: int = _SETTLING) -> Marks:
+        """The marks of a run, each with the step it belongs to."""
+        table = np.array(measured.marks, np.int64)
+        end, kind, layer, count = table.T
+        # The mark that ends where a step begins is the last of what was before.
+        step = np.searchsorted(np.array(measured.times.begin), end, side="left") - 1
+        return cls(np.diff(end, prepend=end[0]), end, kind, layer, count, step, settling)
+
+    def settled(self, kind: int) -> npt.NDArray[np.bool_]:
+        """Marks of a kind, without those of the first steps."""
+        return (self.kind == kind) & (self.step >= self.settling)
+
+
+def _median(values: Ints) -> int:
+    return round(float(np.median(values)))
+
+
+# ---------------------------------------------------------------------- made-up routing
+
+
+def routing(
+    shape: Shape, steps: int, misses: int, slots: int, first: int = 0
+) -> Iterator[ForcedStep]:
+    """Decode steps of one token whose events miss ``misses`` of top-k in an LRU of ``slots``."""
+    fixed = shape.top_k - misses
+    turn = np.arange(fixed, shape.experts)
+    if misses and len(turn) - misses < slots - fixed:
+        raise ValueError(f"{slots} slots hold the whole turn of {len(turn)} experts")
+    for step in range(steps):
+        chosen = np.roll(turn, -step * misses)[:misses]
+        ids = np.concatenate((np.arange(fixed), chosen)).astype(np.int64)
+        experts = np.tile(ids, (1, shape.layers, 1))
+        begins = (first,) if step == 0 else ()
+        ends = (first,) if step == steps - 1 else ()
+        yield ForcedStep(step, False, begins, ends, np.array([step + 7]), experts)
+
+
+def spread_routing(shape: Shape, tokens: int, seed: int) -> Ints:
+    """Experts of ``tokens`` tokens, distinct within a token, evenly drawn: [tokens, layers, k]."""
+    rng = np.random.default_rng(seed)
+    draws = rng.random((tokens, shape.layers, shape.experts))
+    return np.argpartition(draws, shape.top_k, axis=-1)[..., : shape.top_k].astype(np.int64)
+
+
+def _core(shape: Shape, policy: str, slots: int) -> DecisionCore:
+    """``slots`` a layer."""
+    info = policies.get(policy)
+    params, options = info.parse({})
+    built = info.build(params, PolicyData(shape))
+    nbytes = slots * sum(shape.bytes_by_layer)
+    return DecisionCore(shape, plan_memory(shape, built.scope, nbytes), built, options)
+
+
+class ModelRig:
+    """A session's model under measurement. ``readback_ns``: as the machine's profile has it."""
+
+    def __init__(self, session: Session, readback_ns: int) -> None:
+        ready = session.ready
+        layers = len(ready.modules)
+        self.session = session
+        self.shape = Shape(layers, ready.num_experts, ready.top_k, (ready.layout.nbytes,) * layers)
+        self.readback_ns = readback_ns
+
+    @cached_property
+    def link(self) -> LinkTimes:
+        """Copies of one expert, alone and back to back; the rate from half an expert's."""
+        return measure_link(self.session)
+
+    # ------------------------------------------------------------------ decode
+
+    @cached_property
+    def decode(self) -> Pass:
+        """A decode step: host, segments, head, experts' launches."""
+        runs = {misses: self._run_decode(misses) for misses in sorted({0, 1, 2, self.shape.top_k})}
+        experts = self._experts_alone()
+        return Pass(
+            tokens=1,
+            kv_tokens=self.session.kv_capacity,
+            host=self._decode_host(runs),
+            **self._chain(runs[0], experts[-1].ns),
+            after_wait_ns=self._after_wait(runs, experts),
+            experts=tuple(experts),
+        )
+
+    def _run_decode(self, misses: int) -> Marks:
+        shape = self.shape
+        slots = shape.experts if misses == 0 else min(2 * shape.top_k, shape.experts // 2)
+        core = _core(shape, "lru", slots)
+        return Marks.of(
+            Replay(self.session, core).run(list(routing(shape, DECODE_STEPS, misses, slots)))
+        )
+
+    def _decode_host(self, runs: dict[int, Marks]) -> HostTimes:
+        resident = runs[0]
+        decisions = {n: _median(run.duration[run.settled(DECIDE)]) for n, run in runs.items()}
+        idle = _median(resident.duration[resident.settled(ISSUE)])
+        all_missed = runs[self.shape.top_k]
+        handed = all_missed.settled(ISSUE) & (all_missed.count > 0)
+        single = _median(all_missed.duration[all_missed.settled(EXPERTS)])
+        whole = _median(resident.duration[resident.settled(EXPERTS)])
+        steps = resident.settled(STEP)
+        return HostTimes(
+            step_ns=int(resident.duration[steps].sum()) // len(np.unique(resident.step[steps])),
+            segment_launch_ns=_median(resident.duration[resident.settled(SEGMENT)]),
+            experts_launch_ns=single,
+            launch_each_ns=max((whole - single) // (self.shape.top_k - 1), 0),
+            readback_ns=self.readback_ns,
+            decision_ns=decisions[0] + idle,
+            awaited_ns=_slope(decisions),
+            copy_issue_ns=_median((all_missed.duration[handed] - idle) // all_missed.count[handed]),
+            landing_ns=self._landing_ns(runs[1]),
+        )
+
+    def _landing_ns(self, run: Marks) -> int:
+        """What the wait for an event's one copy takes beyond the copy itself.
+
+        The copy began as its hand-over ended; the others' launch comes before the wait.
+        """
+        copy_ns = self.link.startup_ns + self.shape.bytes_by_layer[0] * 10**9 // (
+            self.link.bytes_per_s
+        )
+        waits = np.flatnonzero(run.settled(COPY))
+        since = run.end[waits] - run.end[waits - 2]  # the launch before, and the hand-over's end
+        return max(_median(since) - copy_ns, 0)
+
+    def _chain(self, resident: Marks, experts_ns: int) -> dict[str, Any]:
+        """Segments and head: what the host waits for, less the experts before and the readback."""
+        layers = self.shape.layers
+        waited = [self._waited(resident, layer) for layer in range(layers + 1)]
+        first = _median(resident.duration[resident.settled(GPU) & (resident.layer == 0)])
+        segments = [max(first - self.readback_ns, 0)]
+        segments += [max(ns - experts_ns - self.readback_ns, 0) for ns in waited[1:]]
+        return {"segment_ns": tuple(segments[:layers]), "head_ns": segments[layers]}
+
+    @staticmethod
+    def _waited(run: Marks, layer: int) -> int:
+        """From the experts' launch to the next gate being known."""
+        waits = np.flatnonzero(run.settled(GPU) & (run.layer == layer))
+        return _median(run.duration[waits] + run.duration[waits - 1])
+
+    def _after_wait(self, runs: dict[int, Marks], experts: list[ExpertsTime]) -> int:
+        """How much longer it takes after a wait for copies than back to back."""
+        layers = range(1, self.shape.layers)
+        alone = [self._waited(runs[self.shape.top_k], layer) for layer in layers]
+        together = [self._waited(runs[0], layer) for layer in layers]
+        shorter = experts[-1].ns - experts[0].ns
+        return round(float(np.mean(alone)) - float(np.mean(together)) + shorter)
+
+    def _experts_alone(self) -> list[ExpertsTime]:
+        """Launches over 1 to k experts on an idle GPU, until the host sees them done."""
+        shape, session = self.shape, self.session
+        pool = SlotPool(session.ready.layout, 4 * shape.top_k, session.device)
+        launches = self._launches(pool)
+        rng = np.random.default_rng(0)
+
+        def once(experts: int, repeat: int) -> int:
+            layer = repeat % shape.layers
+            slots = rng.choice(pool.slots, experts, replace=False)
+            launches.slots[layer, 0] = [*slots, *[-1] * (shape.top_k - experts)]
+            return _until_done(lambda: launches.replay(layer, 0))
+
+        return [
+            ExpertsTime(experts=n, ns=self._gpu_ns([once(n, r) for r in range(_REPEATS)]))
+            for n in range(1, shape.top_k + 1)
+        ]
+
+    def _gpu_ns(self, seen: list[int]) -> int:
+        return max(_median(np.array(seen)) - self.readback_ns, 0)
+
+    def _launches(self, pool: SlotPool) -> GroupLaunches:
+        from replay.graphs import GroupLaunches, require_kernels
+
+        kernels = require_kernels(self.session.ready.modules, pool.views)
+        return GroupLaunches(self.session.captured(), kernels, 1)
+
+    # ------------------------------------------------------------------ prefill
+
+    def prefill(self, tokens: int) -> Pass:
+        """A prefill of ``tokens``, eagerly: once with all experts there, once with none."""
+        shape = self.shape
+        there = self._run_prefill("lru", shape.experts, tokens)
+        absent = self._run_prefill("on-demand", shape.experts, tokens)
+        tails = [
+            max(_median(there.duration[there.settled(GPU) & (there.layer == layer)]), 0)
+            for layer in range(shape.layers + 1)
+        ]
+        tails = [max(tail - self.readback_ns, 0) for tail in tails]
+        launches = there.settled(EXPERTS)
+        singles = absent.settled(EXPERTS) & (absent.count == 1)
+        single = _median(absent.duration[singles])
+        whole, most = _median(there.duration[launches]), float(np.mean(there.count[launches]))
+        steps = there.settled(STEP)
+        host = self.decode.host.model_copy(
+            update={
+                "step_ns": int(there.duration[steps].sum()) // len(np.unique(there.step[steps])),
+                "segment_launch_ns": _median(there.duration[there.settled(SEGMENT)]),
+                "experts_launch_ns": single,
+                "launch_each_ns": max(round((whole - single) / max(most - 1, 1)), 0),
+                "decision_ns": _median(there.duration[there.settled(DECIDE)]),
+            }
+        )
+        return Pass(
+            tokens=tokens,
+            kv_tokens=self.session.kv_capacity,
+            host=host,
+            segment_ns=tuple(tails[: shape.layers]),
+            head_ns=tails[shape.layers],
+            after_wait_ns=0,
+            experts=tuple(self._tiles_alone(tokens)),
+        )
+
+    def _run_prefill(self, policy: str, slots: int, tokens: int) -> Marks:
+        """The first passes bring the experts in, compile and allocate: they are left out."""
+        text = np.arange(tokens) % 97 + 11
+        steps = [
+            ForcedStep(
+                index, True, (index,), (index,), text, spread_routing(self.shape, tokens, index)
+            )
+            for index in range(_PREFILLS)
+        ]
+        measured = Replay(self.session, _core(self.shape, policy, slots)).run(steps)
+        return Marks.of(measured, settling=_PREFILLS // 2)
+
+    def _tiles_alone(self, tokens: int) -> list[ExpertsTime]:
+        """Launches over some and over all experts of an event of a prefill, on an idle GPU."""
+        from replay.kernels import gated_experts
+        from replay.tiles import TileExperts
+
+        shape, session = self.shape, self.session
+        pool = SlotPool(session.ready.layout, shape.experts, session.device)
+        kernels = [gated_experts(module, pool.views) for module in session.ready.modules]
+        tiles = TileExperts([k for k in kernels if k is not None], shape.experts, shape.top_k)
+        width = tiles.width
+        hidden = torch.zeros((tokens, width), dtype=torch.bfloat16, device=session.device)
+        out = hidden.new_empty((tokens * shape.top_k, width))
+        flat = np.ascontiguousarray(spread_routing(shape, tokens, 0)[:, 0]).reshape(-1)
+        needed = np.unique(flat).tolist()
+        table = []
+        for experts in sorted({1, max(len(needed) // 4, 1), len(needed)}):
+            event = tiles.event(0, hidden, flat, out)
+            group = {expert: slot for slot, expert in enumerate(needed[:experts])}
+
+            def launch(event: TileEvent = event, group: dict[int, int] = group) -> None:
+                event.restart()
+                event.launch(group)
+
+            seen = [_until_done(launch) for _ in range(_REPEATS)]
+            table.append(ExpertsTime(experts=experts, ns=self._gpu_ns(seen)))
+        return table
+
+
+def _until_done(launch: Callable[[], object]) -> int:
+    """Ns from the end of the launch until the host sees it done, the GPU being idle before."""
+    done = torch.cuda.Event()
+    torch.cuda.synchronize()
+    launch()
+    began = perf_counter_ns()
+    done.record()
+    while not done.query():
+        pass
+    return perf_counter_ns() - began
+
+
+def _slope(values: dict[int, int]) -> int:
+    """Of a line through values by how many experts missed; never below 0."""
+    return max(round(float(np.polyfit(list(values), list(values.values()), 1)[0])), 0)
+
+
+def measure_link(session: Session) -> LinkTimes:
+    """Copies of one expert, alone and back to back; the rate is that of its second half."""
+    nbytes = session.ready.layout.nbytes
+    stream = torch.cuda.Stream()
+    copies = CopyStream(stream.cuda_stream, _TRAIN)
+    memory = session.ready.store.memory.view(-1, nbytes)
+    target = torch.empty(nbytes, dtype=torch.uint8, device=session.device)
+    rng = np.random.default_rng(0)
+
+    def train(size: int, count: int) -> int:
+        """Ns from the end of the first hand-over to the last landing."""
+        events, began = [], 0
+        for key in rng.integers(0, len(memory), count).tolist():
+            events.append(copies.copy(target.data_ptr(), memory[key].data_ptr(), size))
+            began = began or perf_counter_ns()
+        for event in events:
+            while not copies.landed(event):
+                pass
+        return perf_counter_ns() - began
+
+    def back_to_back(size: int) -> float:
+        rounds = [(train(size, _TRAIN) - train(size, 1)) / (_TRAIN - 1) for _ in range(5)]
+        return float(np.median(rounds))
+
+    train(nbytes, _TRAIN)
+    whole, half = back_to_back(nbytes), back_to_back(nbytes // 2)
+    alone = float(np.median([train(nbytes, 1) for _ in range(_REPEATS)]))
+    copies.close()
+    rate = (nbytes - nbytes // 2) * 1e9 / (whole - half)
+    wire = nbytes * 1e9 / rate
+    return LinkTimes(
+        bytes_per_s=round(rate),
+        startup_ns=max(round(alone - wire), 0),
+        gap_ns=max(round(whole - wire), 0),
+    )

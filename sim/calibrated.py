@@ -1,0 +1,130 @@
+"""Times of a model as they were measured on a machine (:mod:`configs.timings`)."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import replace
+
+from configs.geometry import Geometry
+from configs.hardware import Hardware
+from configs.timings import HostTimes, ModelTimes, Pass, PolicyTimes
+from sim.timing import HostCosts, LinkCosts, RooflineTiming
+
+_PPM = 1_000_000
+
+
+class CalibratedTiming(RooflineTiming):
+    """Measured times of decode steps of one token and of prefills, of one request at a time.
+
+    Between the measured sizes of a prefill, and between KV capacities, times are interpolated;
+    beyond them the nearest size holds, in proportion to the tokens. CPU work is the hardware
+    profile's. ``link_bytes_per_s``: another link than the measured one.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        hardware: Hardware,
+        times: ModelTimes,
+        *,
+        policy: str | None = None,
+        link_bytes_per_s: int | None = None,
+    ) -> None:
+        super().__init__(geometry, hardware)
+        self.provenance = f"calibrated: {times.machine}"
+        self._own = times.policies.get(policy or "")
+        self._decode = [each for each in times.passes if each.tokens == 1]
+        self._prefill = [each for each in times.passes if each.tokens > 1]
+        self._hosts: dict[int, HostCosts] = {}
+        self.host = self.host_for(1)
+        self.link = LinkCosts(
+            bytes_per_s=link_bytes_per_s or times.link.bytes_per_s,
+            startup_ns=times.link.startup_ns,
+            gap_ns=times.link.gap_ns,
+        )
+        self.segment_slowdown_ppm = round(times.segment_slowdown * _PPM)
+        self.experts_slowdown_ppm = round(times.experts_slowdown * _PPM)
+
+    def host_for(self, tokens: int) -> HostCosts:
+        """Host costs of a pass of so many tokens."""
+        known = self._hosts.get(tokens)
+        if known is None:
+            known = self._hosts[tokens] = self._host_for(tokens)
+        return known
+
+    def _host_for(self, tokens: int) -> HostCosts:
+        low, high, share = self._between(tokens)
+        costs = _mixed(low.host, high.host, share)
+        if self._own is None:
+            return costs
+        return _with_policy(costs, self._own, self._decode[0].host)
+
+    def segment_ns(self, layer: int, tokens: int, requests: int, kv_tokens: int) -> int:
+        """By layer; decode steps by KV capacity."""
+        self._refuse_batches(tokens, requests)
+        if tokens == 1:
+            low, high, share = _around(self._decode, [p.kv_tokens for p in self._decode], kv_tokens)
+        else:
+            low, high, share = self._between(tokens)
+        return _mix(low.segment_ns[layer], high.segment_ns[layer], share)
+
+    def experts_ns(self, layer: int, experts: int, assignments: int) -> int:
+        """Decode steps assign one token to each expert; a launch of a prefill more."""
+        if assignments <= experts or not self._prefill:
+            return self._decode[0].experts_ns(experts)
+        tokens = round(assignments / self._geometry.top_k)
+        low, high, share = self._between(max(tokens, 2))
+        return _mix(low.experts_ns(experts), high.experts_ns(experts), share)
+
+    def head_ns(self, requests: int) -> int:
+        """Of a decode step."""
+        return self._decode[0].head_ns
+
+    def combine_ns(self) -> int:
+        """As one expert's launch."""
+        return self._decode[0].experts_ns(1)
+
+    def _between(self, tokens: int) -> tuple[Pass, Pass, float]:
+        if tokens == 1 or not self._prefill:
+            return self._decode[0], self._decode[0], 0.0
+        return _around(self._prefill, [each.tokens for each in self._prefill], tokens)
+
+    @staticmethod
+    def _refuse_batches(tokens: int, requests: int) -> None:
+        if requests > 1:
+            raise ValueError(f"times of {requests} requests at a time were not measured")
+
+
+def _around(passes: Sequence[Pass], sizes: list[int], size: int) -> tuple[Pass, Pass, float]:
+    """The measured passes on both sides, and how far between them."""
+    at = bisect_left(sizes, size)
+    if at == 0:
+        return passes[0], passes[0], 0.0
+    if at == len(passes):
+        return passes[-1], passes[-1], 0.0
+    low, high = sizes[at - 1], sizes[at]
+    return passes[at - 1], passes[at], (size - low) / (high - low)
+
+
+def _mix(low: int, high: int, share: float) -> int:
+    return round(low + share * (high - low))
+
+
+def _mixed(low: HostTimes, high: HostTimes, share: float) -> HostCosts:
+    return HostCosts(
+        **{
+            name: _mix(getattr(low, name), getattr(high, name), share)
+            for name in HostTimes.model_fields
+        }
+    )
+
+
+def _with_policy(costs: HostCosts, own: PolicyTimes, plain: HostTimes) -> HostCosts:
+    """The policy's decisions cost more or less than those that the pass was measured with."""
+    return replace(
+        costs,
+        decision_ns=max(costs.decision_ns + own.decision_ns - plain.decision_ns, 0),
+        awaited_ns=own.awaited_ns,
+        copy_issue_ns=own.copy_issue_ns,
+    )
