@@ -245,14 +245,15 @@ class DecisionCore:
             self._predicted[layer] = set(keys)
         else:
             predicted.update(keys)
-        state = self._state
-        resident = []
-        for key in self._guard_new(layer, keys):
-            if state[key] == RESIDENT:
-                resident.append(key)
-            elif state[key] == ABSENT or key in self.parked:
+        new = self._guard_new(layer, keys)
+        if not new:
+            return
+        state, parked = self._state, self.parked
+        for key in new:
+            if state[key] == ABSENT or key in parked:
                 priority = priorities[keys.index(key)] if priorities else 0.0
                 self._queue_low(key, layer, source, priority)
+        resident = [key for key in new if state[key] == RESIDENT]
         if resident:
             self._rule.on_predicted(resident)
 
@@ -382,13 +383,13 @@ class DecisionCore:
 
         The same decisions as :meth:`next_chunk` makes one by one, since members of the wave are
         pinned whether they have landed or not. :meth:`land_demands` must follow before any other
-        event.
+        event but :meth:`next_chunk`. Nothing may be under way that the wave does not wait for.
         """
         high = self.queue.high
         started = list(high)
         for copy in started:
             if not copy.sent and not self._take_slot(copy):
-                raise RuntimeError(f"no slot for {copy} although the link is idle")
+                raise RuntimeError(f"no slot for {copy} although nothing else is under way")
             copy.sent = copy.chunks
         high.clear()
         return started
@@ -424,7 +425,9 @@ class DecisionCore:
             self.log.append(("landed", self.step, self.layer, key, copy.source))
         if copy.awaited:
             self.landed.append(copy)
-            self._count_unlanded(self._unlanded - 1)
+            self._unlanded -= 1
+            if self._unlanded == 0:
+                self._count_unlanded(0)
             return True
         return False
 
@@ -521,11 +524,15 @@ class DecisionCore:
             (ready if state[key] == RESIDENT else missing).append(key)
         if self._resumes:
             missing.sort(key=self._chunks_left)
+        copies = self.copies
         for key in missing:
             if state[key] == ABSENT:
                 self._demand(key)
-            else:
-                self._await(self.copies[key])
+                continue
+            copy = copies[key]
+            copy.awaited = True
+            if not copy.high:
+                self._raise(copy)
         self._count_unlanded(len(missing))
         order = list(members) if self._strict else None
         return Wave(ready, len(missing), cpu, order, not self._pending)
@@ -546,11 +553,6 @@ class DecisionCore:
             copy.staged = key in self._refused
         self._state[key] = QUEUED
         self.queue.high.append(copy)
-
-    def _await(self, copy: Copy) -> None:
-        copy.awaited = True
-        if not copy.high:
-            self._raise(copy)
 
     def _raise(self, copy: Copy) -> None:
         """LOW, or set aside: HIGH from now on."""
@@ -638,7 +640,7 @@ class DecisionCore:
 
     def _make_room(self, key: int, pool: int, units: int, barred: Collection[int]) -> bool:
         """Throw out as many residents as ``key`` needs, and give it the place."""
-        memory = self.memory
+        memory, by_bytes = self.memory, self.plan.by_bytes
         while memory.free[pool] < units:
             victim = self._rule.victim(pool, barred)
             if victim is None:
@@ -646,7 +648,7 @@ class DecisionCore:
             if victim is None:
                 return False
             self._forget(victim)
-            if not memory.plan.by_bytes:
+            if not by_bytes:
                 memory.replace(victim, key)
                 return True
             memory.release(victim)
@@ -674,7 +676,9 @@ class DecisionCore:
                 self.queue.remove(copy)
         self.tally.evictions += 1
         if self._prefetcher is not None:
-            self._unguard(key, self.memory.layer_of[key])
+            self.guard[self.memory.layer_of[key]].discard(key)
+            if self._one_pool:
+                self.guarded.discard(key)
         if self._prefetched:
             wasted = self._prefetched.pop(key, None)
             if wasted is not None:
@@ -694,7 +698,10 @@ class DecisionCore:
         while low:
             copy = low[0]
             if copy.sent or self._take_slot(copy):
-                return self._send(copy)
+                copy.sent += 1
+                if copy.sent == copy.chunks:
+                    low.remove(copy)
+                return copy, copy.chunk_bytes[copy.sent - 1]
             self._drop(copy)
             self.tally.prefetch_dropped += 1
         return None

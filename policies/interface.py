@@ -271,7 +271,7 @@ class Signals(Protocol):
 
 
 class Recorded(Protocol):
-    """Steps of the requests set aside for fitting: known as a whole, judged never.
+    """Steps known as a whole, such as those of the requests set aside for fitting.
 
     ``events``: what each (step, layer) needed. ``column(name)``: array [rows, ...]; by row
     ``step_of_row`` (from 0, int [rows]) and ``request_of_row``.
@@ -333,6 +333,9 @@ class PolicyData:
     declared oracles only. ``columns``: names of the trace's columns.
 
     ``signals``: the step in progress. ``fit``: the requests set aside, for fitted policies.
+    ``recording``: the judged requests as recorded, for policies that declare ``in_blocks``: they
+    work predictions out for many steps at once, each from what is known when it is made. None in
+    live runs, where the same predictions are made one by one.
     ``costs``: the machine's, for policies that declare ``reads_costs``. ``expert_norms``: weight
     norms [layers][E] where the trace has them.
     """
@@ -347,6 +350,7 @@ class PolicyData:
     seed: int = 0
     signals: Signals | None = None
     fit: Recorded | None = None
+    recording: Recorded | None = None
     costs: Costs | None = None
     expert_norms: Sequence[Sequence[float]] | None = None
 

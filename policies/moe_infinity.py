@@ -24,6 +24,7 @@ Our readings:
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,10 @@ from policies.registry import Param, Params, register
 from policies.scored import ArrayScoredRule
 
 Floats = npt.NDArray[np.float64]
+
+_BLOCK_STEPS = 64
+#: matches that are kept in case they are found again
+_MOST_MATCHES = 256
 
 
 class Collection:
@@ -51,14 +56,32 @@ class Collection:
         """A request's matrix, float64 [L, E]; in the place of the most similar one if full."""
         if not matrix.any():
             return
-        place = self.size if self.size < len(self.matrices) else self._most_similar(matrix)
+        place = self.size if self.size < len(self.matrices) else self._nearest(matrix)
         self.size = max(self.size, place + 1)
         self.matrices[place] = matrix
         self._squares[place] = np.cumsum((matrix**2).sum(axis=1))
 
-    def _most_similar(self, matrix: Floats) -> int:
+    def _nearest(self, matrix: Floats) -> int:
         products = np.tensordot(self.matrices, matrix, axes=2)
         return int(self.cosines(products, len(matrix) - 1, (matrix**2).sum()).argmax())
+
+    def most_similar(self, counts: Floats, most: int) -> list[list[list[int]]]:
+        """Of every step's ``counts`` [steps, L, E] and layer, compared up to that layer.
+
+        At most ``most``, best first, and only such that have anything in common.
+        """
+        if not self.size:
+            return [[[] for _ in step] for step in counts]
+        products = np.einsum("sle,nle->sln", counts, self.matrices[: self.size], optimize=True)
+        squares = np.cumsum((counts**2).sum(axis=2), axis=1)
+        norms = self._squares[: self.size].T * squares[:, :, None]
+        cosines = np.cumsum(products, axis=1) / np.sqrt(np.maximum(norms, 1.0))
+        best = (-cosines).argsort(axis=2, kind="stable")[..., :most]
+        likes = np.count_nonzero(np.take_along_axis(cosines, best, 2) > 0, axis=2)
+        return [
+            [names[:count] for names, count in zip(*layers, strict=True)]
+            for layers in zip(best.tolist(), likes.tolist(), strict=True)
+        ]
 
     def products(self, layer: int, row: Floats) -> Floats:
         """Of ``row`` with every matrix's row of ``layer``, float64 [size]."""
@@ -94,20 +117,73 @@ class ActivationCache(ArrayScoredRule):
         super().bind(core)
         shape = core.shape
         self._nearness = 1 - np.arange(shape.layers)[:, None] / shape.layers
-        self.learn(np.zeros((shape.layers, shape.experts)))
+        self._matched = self.worth_by(np.zeros((shape.layers, shape.experts)))
 
-    def learn(self, chances: Floats) -> None:
-        """``chances``: p, float64 [L, E]."""
-        self._matched = ((chances + self._eps) * self._nearness).ravel()
-        self.renew()
+    def worth_by(self, chances: Floats) -> Floats:
+        """What each key is worth by p, float64 [L, E]: [L * E]."""
+        worth: Floats = ((chances + self._eps) * self._nearness).ravel()
+        return worth
+
+    def learn(self, worth: Floats) -> None:
+        """``worth``: by the newest match."""
+        if worth is not self._matched:
+            self._matched = worth
+            self.renew()
 
     def scores(self) -> Floats:
         """As of the last match."""
         return self._matched
 
 
+class Match:
+    """What some requests of the collection say together.
+
+    ``worth`` [L * E]: to the cache.
+    """
+
+    def __init__(self, chances: Floats, worth: Floats, depth: int, width: int) -> None:
+        layers, experts = chances.shape
+        self.worth = worth
+        best = (-chances).argsort(axis=1, kind="stable")[:, :width]
+        self._chances = np.take_along_axis(chances, best, 1)
+        self._keys = (best + np.arange(layers)[:, None] * experts).tolist()
+        self._depth = depth
+        self._ahead: dict[int, list[tuple[int, list[int], list[float]]]] = {}
+
+    def ahead(self, layer: int) -> list[tuple[int, list[int], list[float]]]:
+        """Layers up to ``depth`` ahead, each one's likely keys, best first, and priorities.
+
+        Ties: lowest expert.
+        """
+        known = self._ahead.get(layer)
+        if known is None:
+            known = self._ahead[layer] = self._look_ahead(layer)
+        return known
+
+    def _look_ahead(self, layer: int) -> list[tuple[int, list[int], list[float]]]:
+        layers = len(self._keys)
+        found = []
+        for target in range(layer + 1, min(layer + 1 + self._depth, layers)):
+            scores = (self._chances[target] * (1 - (target - layer) / layers)).tolist()
+            likely = len(scores) - scores.count(0.0)
+            found.append((target, self._keys[target][:likely], scores[:likely]))
+        return found
+
+
+@dataclass(frozen=True)
+class StepMatches:
+    """One request's step: ``counts`` float64 [L, E]; by layer the most similar requests."""
+
+    counts: Floats
+    best: list[list[int]]
+
+
 class ActivationPrefetcher(Prefetcher):
-    """Matches the iteration so far with the collection, at every gate."""
+    """Matches the iteration so far with the collection, at every gate.
+
+    ``recording``: steps to come. Where they belong to one request they are compared for many steps
+    at once: the collection does not change before that request ends.
+    """
 
     def __init__(
         self,
@@ -117,6 +193,7 @@ class ActivationPrefetcher(Prefetcher):
         matches: int,
         depth: int,
         width: int,
+        recording: Recorded | None,
     ) -> None:
         self._signals = signals
         self._collection = collection
@@ -124,14 +201,18 @@ class ActivationPrefetcher(Prefetcher):
         self._matches = matches
         self._depth = depth
         self._width = width
+        self._recording = recording
 
     def bind(self, core: DecisionCore) -> None:
         """No request has begun."""
         super().bind(core)
         self._layers, self._experts = core.shape.layers, core.shape.experts
-        self._away = np.arange(1, self._depth + 1)[:, None]
         self._of_request: dict[int, Floats] = {}
-        self._match: Floats | None = None
+        self._match: Match | None = None
+        self._known_matches: dict[tuple[int, ...], Match] = {}
+        self._block: dict[int, StepMatches] = {}
+        if self._recording is not None:
+            self._steps = _StepRows(self._recording)
 
     def on_step(self, step: int) -> Iterable[Prediction]:
         """A new iteration."""
@@ -141,6 +222,11 @@ class ActivationPrefetcher(Prefetcher):
         for request in present:
             if request not in self._of_request:
                 self._of_request[request] = np.zeros((self._layers, self._experts))
+        self._compared = None
+        if self._recording is not None and len(present) == 1:
+            self._compared = self._compare_ahead(step)
+            self._of_request[present[0]] += self._compared.counts
+            return ()
         self._present = present
         self._request_of_row = requests
         self._products = np.zeros(self._collection.size)
@@ -150,24 +236,52 @@ class ActivationPrefetcher(Prefetcher):
     def on_gate(self, step: int, layer: int, keys: Keys) -> Iterable[Prediction]:
         """Compare, and predict the layers ahead."""
         self._settle()
-        row = self._count(layer)
-        if not self._collection.size:
+        best = self._compare(layer) if self._compared is None else self._compared.best[layer]
+        if not best:
             return ()
-        self._products += self._collection.products(layer, row)
-        self._squares += float(row @ row)
-        cosines = self._collection.cosines(self._products, layer, self._squares)
-        best = (-cosines).argsort(kind="stable")[: self._matches]
-        best = best[cosines[best] > 0]
-        if not len(best):
-            return ()
-        self._match = normalised(self._collection.matrices[best].sum(axis=0))
-        return self._predict(step, layer, self._match)
+        match = self._match = self._sum_of(best)
+        return [
+            Prediction("map_search", step, target, names, scores)
+            for target, names, scores in match.ahead(layer)
+        ]
 
     def _settle(self) -> None:
         """The comparison made at the gate before is over."""
         if self._match is not None:
-            self._cache.learn(self._match)
+            self._cache.learn(self._match.worth)
             self._match = None
+
+    def _compare(self, layer: int) -> list[int]:
+        """The requests most similar to the iteration so far, best first."""
+        row = self._count(layer)
+        if not self._collection.size:
+            return []
+        self._products += self._collection.products(layer, row)
+        self._squares += float(row @ row)
+        cosines = self._collection.cosines(self._products, layer, self._squares)
+        best = (-cosines).argsort(kind="stable")[: self._matches]
+        similar: list[int] = best[cosines[best] > 0].tolist()
+        return similar
+
+    def _compare_ahead(self, step: int) -> StepMatches:
+        if step not in self._block:
+            counts = self._steps.counts(step, self._layers, self._experts)
+            best = self._collection.most_similar(counts, self._matches)
+            known = map(StepMatches, counts, best)
+            self._block = dict(enumerate(known, step))
+        return self._block[step]
+
+    def _sum_of(self, best: list[int]) -> Match:
+        """Counts are whole, so the sum does not depend on the order."""
+        name = tuple(sorted(best))
+        match = self._known_matches.get(name)
+        if match is None:
+            chances = normalised(self._collection.matrices[best].sum(axis=0))
+            match = Match(chances, self._cache.worth_by(chances), self._depth, self._width)
+            if len(self._known_matches) == _MOST_MATCHES:
+                self._known_matches.clear()
+            self._known_matches[name] = match
+        return match
 
     def _count(self, layer: int) -> Floats:
         """Add the gate's routing to its requests' matrices; the counts of the whole step."""
@@ -183,19 +297,6 @@ class ActivationPrefetcher(Prefetcher):
             row += own
         return row
 
-    def _predict(self, step: int, layer: int, chances: Floats) -> list[Prediction]:
-        """The layers up to ``depth`` ahead, each one's best first; ties: lowest expert."""
-        ahead = chances[layer + 1 : layer + 1 + self._depth]
-        best = (-ahead).argsort(axis=1, kind="stable")[:, : self._width]
-        away = self._away[: len(ahead)]
-        keys = (best + (layer + away) * self._experts).tolist()
-        priorities = (ahead[away - 1, best] * (1 - away / self._layers)).tolist()
-        found = []
-        for target, (names, scores) in enumerate(zip(keys, priorities, strict=True), layer + 1):
-            likely = len(scores) - scores.count(0.0)
-            found.append(Prediction("map_search", step, target, names[:likely], scores[:likely]))
-        return found
-
     def on_ready(self, prediction: Prediction) -> None:
         """Queue what is new, and renew the priority of what is queued."""
         if self.core.queue.low:
@@ -206,6 +307,35 @@ class ActivationPrefetcher(Prefetcher):
         """Its matrix joins the collection."""
         self._settle()
         self._collection.add(self._of_request.pop(request))
+        self._block.clear()
+        self._known_matches.clear()
+
+
+class _StepRows:
+    """Rows of a recording by step."""
+
+    def __init__(self, recording: Recorded) -> None:
+        step_of_row = np.asarray(recording.step_of_row)
+        request_of_row = np.asarray(recording.request_of_row)
+        self._bounds = np.searchsorted(step_of_row, np.arange(step_of_row[-1] + 2))
+        first, last = self._bounds[:-1], self._bounds[1:] - 1
+        lowest = np.minimum.reduceat(request_of_row, first)
+        alone = (lowest == np.maximum.reduceat(request_of_row, first)) & (last >= first)
+        #: the step's only request, -1: it has several
+        self._owner = np.where(alone, lowest, -1)
+        self._experts = recording.column("experts")
+
+    def counts(self, step: int, layers: int, experts: int) -> Floats:
+        """Of ``step``, which has one request, and those after it of the same one: [steps, L, E]."""
+        others = np.flatnonzero(self._owner[step : step + _BLOCK_STEPS] != self._owner[step])
+        steps = int(others[0]) if len(others) else len(self._owner[step : step + _BLOCK_STEPS])
+        bounds = self._bounds[step : step + steps + 1]
+        ids = self._experts[bounds[0] : bounds[-1]]
+        within = np.repeat(np.arange(steps), np.diff(bounds))
+        events = within[:, None] * layers + np.arange(layers)
+        codes = (events[:, :, None] * experts + ids)[ids >= 0]
+        flat = np.bincount(codes, minlength=steps * layers * experts)
+        return flat.reshape(steps, layers, experts).astype(np.float64)
 
 
 def collect(collection: Collection, fit: Recorded) -> None:
@@ -232,6 +362,7 @@ def collect(collection: Collection, fit: Recorded) -> None:
     prefetches=True,
     fitted=True,
     reads_signals=True,
+    in_blocks=True,
     columns=lambda params: ("experts", "request"),
     summary="prefetch and keep by past requests with a like activation matrix; one pool",
     source="MoE-Infinity, arXiv 2401.14361",
@@ -252,6 +383,12 @@ def build(params: Params, data: PolicyData) -> Policy:
     cache = ActivationCache(params["eps"])
     width = max(1, round(params["candidates"] * shape.top_k))
     prefetcher = ActivationPrefetcher(
-        data.signals, collection, cache, params["matches"], params["depth"], width
+        data.signals,
+        collection,
+        cache,
+        params["matches"],
+        params["depth"],
+        width,
+        data.recording,
     )
     return Policy(cache, prefetcher, scope="global")

@@ -125,6 +125,8 @@ class PolicyInfo:
     needs_all: bool = False
     reads_costs: bool = False
     reads_signals: bool = False
+    #: predictions follow from the routing alone and are worked out for many steps at once
+    in_blocks: bool = False
     columns: Callable[[Params], tuple[str, ...]] = lambda params: ()
     #: dtype of the low-bit copies that mixed precision needs; None: experts have one precision
     low_dtype: Callable[[Params], str | None] = lambda params: None

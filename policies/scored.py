@@ -6,7 +6,9 @@ one layer. :class:`ArrayScoredRule` scores all keys at once: for one pool over a
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Collection
+from math import inf
 
 import numpy as np
 import numpy.typing as npt
@@ -55,8 +57,11 @@ class ScoredRule(CacheRule):
 class ArrayScoredRule(CacheRule):
     """Victim: the smallest of :meth:`scores` in the pool; ties: lowest key.
 
-    The pool is put in order once for all victims between two calls of :meth:`renew`.
+    Between two calls of :meth:`renew` a pool's keys are kept in order: its ``_FIRST`` least worthy
+    and their equals to begin with, all of them only where those do not do.
     """
+
+    _FIRST = 24
 
     def bind(self, core: DecisionCore) -> None:
         """Who holds a slot, bool [pools, keys]."""
@@ -64,8 +69,9 @@ class ArrayScoredRule(CacheRule):
         pools = len(core.plan.capacity)
         self._pool_of = core.memory.pool_of
         self._held = np.zeros((pools, core.shape.keys), bool)
-        self._ordered: list[list[int] | None] = [None] * pools
-        self._newcomers: list[list[int]] = [[] for _ in range(pools)]
+        #: by pool: (worth, key) of all keys worth no more than the bound, in order
+        self._ordered: list[list[tuple[float, int]] | None] = [None] * pools
+        self._bound = [inf] * pools
 
     def scores(self) -> npt.NDArray[np.float64]:
         """Worth of keeping each key now, float64 [keys]."""
@@ -79,31 +85,51 @@ class ArrayScoredRule(CacheRule):
         """``key`` takes a slot."""
         pool = self._pool_of[key]
         self._held[pool, key] = True
-        self._newcomers[pool].append(key)
+        ordered = self._ordered[pool]
+        if ordered is None:
+            return
+        worth = self._worth.item(key)
+        if worth <= self._bound[pool]:
+            insort(ordered, (worth, key))
 
     def on_evict(self, key: int) -> None:
         """``key`` lost its slot."""
-        self._held[self._pool_of[key], key] = False
+        pool = self._pool_of[key]
+        self._held[pool, key] = False
+        ordered = self._ordered[pool]
+        if ordered is None:
+            return
+        worth = self._worth.item(key)
+        if worth <= self._bound[pool]:
+            del ordered[bisect_left(ordered, (worth, key))]
 
     def victim(self, pool: int, barred: Collection[int]) -> int | None:
         """The resident of smallest score."""
         state = self.state
         ordered = self._ordered[pool]
         if ordered is None:
-            ordered = self._order(pool)
-        first = next((k for k in ordered if state[k] == RESIDENT and k not in barred), None)
-        candidates = [] if first is None else [first]
-        newcomers = self._newcomers[pool]
-        candidates += [key for key in newcomers if state[key] == RESIDENT and key not in barred]
-        if len(candidates) < 2:
-            return candidates[0] if candidates else None
-        worth = self._worth
-        return min(candidates, key=lambda key: (worth[key], key))
+            self._worth = self.scores()
+            ordered = self._order(pool, self._FIRST)
+        for _, key in ordered:
+            if state[key] == RESIDENT and key not in barred:
+                return key
+        if self._bound[pool] == inf:
+            return None
+        ordered = self._order(pool, None)
+        return next((k for _, k in ordered if state[k] == RESIDENT and k not in barred), None)
 
-    def _order(self, pool: int) -> list[int]:
-        self._worth = self.scores()
+    def _order(self, pool: int, least: int | None) -> list[tuple[float, int]]:
+        """The pool's ``least`` least worthy and their equals, in order; None: all."""
         held = self._held[pool].nonzero()[0]
-        ordered: list[int] = held[self._worth[held].argsort(kind="stable")].tolist()
+        worth = self._worth[held]
+        bound = inf
+        if least is not None and least < len(held):
+            bound = np.partition(worth, least).item(least)
+            few = (worth <= bound).nonzero()[0]
+            held, worth = held[few], worth[few]
+        # Stable: equals stay in order of key.
+        order = worth.argsort(kind="stable")
+        ordered = list(zip(worth[order].tolist(), held[order].tolist(), strict=True))
         self._ordered[pool] = ordered
-        self._newcomers[pool].clear()
+        self._bound[pool] = bound
         return ordered

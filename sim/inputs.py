@@ -98,7 +98,7 @@ class Inputs:
         self._futures: dict[str, tuple[Any, Any]] = {}
         self._lookahead: dict[tuple[str, int, str], Ragged] = {}
         self._popularity: Any = None
-        self._fit: FitRows | None = None
+        self._fit: RecordedRows | None = None
 
     def _part_from_trained(self, columns: str, present: int) -> None:
         """Say who was set aside for having trained ``columns``; somebody must be left to judge."""
@@ -184,13 +184,13 @@ class Inputs:
             self._futures[touch_order] = known
         return known
 
-    def fit(self) -> FitRows | None:
+    def fit(self) -> RecordedRows | None:
         """The requests set aside; None: none are."""
         if not self.fitted_on:
             return None
         if self._fit is None:
             work = Workload(self._columns, self.num_experts, requests=self.fitted_on)
-            self._fit = FitRows(self, work)
+            self._fit = RecordedRows(self, work)
         return self._fit
 
     def popularity(self) -> Any:
@@ -207,6 +207,10 @@ class Inputs:
         if name not in self._columns:
             self._columns[name] = np.asarray(self.trace.load([name], 0, self.max_tokens)[name])
 
+    def recording(self, touch_order: str) -> RecordedRows:
+        """The judged requests as a whole: for policies that predict in blocks."""
+        return RecordedRows(self, self.workload(touch_order))
+
     def signals(self, touch_order: str) -> TraceSignals:
         """The judged requests' columns, one step at a time."""
         return TraceSignals(self, self.workload(touch_order))
@@ -221,8 +225,8 @@ class Inputs:
         return known
 
 
-class FitRows:
-    """:class:`policies.interface.Recorded` over the requests set aside."""
+class RecordedRows:
+    """:class:`policies.interface.Recorded` over a workload, such as the requests set aside."""
 
     def __init__(self, inputs: Inputs, workload: Workload) -> None:
         self.workload = workload
@@ -245,7 +249,7 @@ class FitRows:
         return self.workload.phase_of_row
 
     def column(self, name: str) -> npt.NDArray[Any]:
-        """Rows of the requests set aside."""
+        """Rows of these requests."""
         self._inputs.ensure(name)
         return self.workload.column(name)
 

@@ -269,6 +269,7 @@ def _policy_data(
         columns=frozenset(inputs.trace.columns()),
         popularity=inputs.popularity() if info.fitted else None,
         fit=inputs.fit() if info.fitted else None,
+        recording=inputs.recording(touch) if info.in_blocks else None,
         signals=inputs.signals(touch) if info.asks_signals(params) else None,
         costs=timing if info.reads_costs else None,
         expert_norms=inputs.manifest.expert_norms,

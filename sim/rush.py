@@ -16,10 +16,7 @@ from sim.link import Link
 
 def can_rush(core: DecisionCore, link: Link) -> bool:
     """Whether an event waits for all that is under way or queued HIGH."""
-    for copy in (*link.under_way(), *core.queue.high):
-        if not copy.awaited:
-            return False
-    return True
+    return all(copy.awaited for copy in (*link.under_way(), *core.queue.high))
 
 
 class Rush:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.interface import Costs, PolicyData, Shape
-from sim.inputs import BASE_COLUMNS, FitRows, Inputs
+from sim.inputs import BASE_COLUMNS, Inputs, RecordedRows
 from tests.driver import GivenFit, GivenSignals, Steps
 from tracer.workload import Workload, distinct, first_use, next_use, popularity
 
@@ -157,7 +157,7 @@ def all_data(
     """All that a policy may know of `workload`; fitted ones learn from `others`."""
     inputs = inputs_of(_routing(workload), shape.experts, seed)
     others_inputs = inputs_of(_routing(others), shape.experts, seed + 1)
-    fit = FitRows(others_inputs, others_inputs.workload())
+    fit = RecordedRows(others_inputs, others_inputs.workload())
     future: dict[str, Any] = {}
     if oracle:
         events = inputs.workload().events

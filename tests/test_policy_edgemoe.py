@@ -55,15 +55,23 @@ def test_edgemoe_preloads_what_followed_and_evicts_frequency_over_distance():
 
 def test_chances_are_means_over_the_pairs_that_were_seen():
     first, second = fit_tables(TOKENS, 3)
-    np.testing.assert_allclose(first.chances([], [0]), [0, 1, 0])
-    np.testing.assert_allclose(second.chances([0], [1]), [1 / 3, 0, 2 / 3], rtol=1e-6)
-    np.testing.assert_allclose(second.chances([0, 1], [1]), [2 / 3, 0, 1 / 3], rtol=1e-6)
+
+    def chances(table, before, last):
+        given = None if before is None else np.array([before], int)
+        return table.chances(given, np.array([last]))[0]
+
+    np.testing.assert_allclose(chances(first, None, [0]), [0, 1, 0])
+    np.testing.assert_allclose(chances(second, [0], [1]), [1 / 3, 0, 2 / 3], rtol=1e-6)
+    np.testing.assert_allclose(chances(second, [0, 1], [1]), [2 / 3, 0, 1 / 3], rtol=1e-6)
     # Of the pairs (0, 1) and (2, 1) only the first was seen; of (2, 1) alone none: after 1 alone.
-    np.testing.assert_allclose(second.chances([0, 2], [1]), [1 / 3, 0, 2 / 3], rtol=1e-6)
-    np.testing.assert_allclose(second.chances([2], [1]), [0.5, 0, 0.5])
+    np.testing.assert_allclose(chances(second, [0, 2], [1]), [1 / 3, 0, 2 / 3], rtol=1e-6)
+    np.testing.assert_allclose(chances(second, [2], [1]), [0.5, 0, 0.5])
     # Layer 0 did not run.
-    np.testing.assert_allclose(second.chances([], [1]), [0.5, 0, 0.5])
-    np.testing.assert_allclose(second.chances([2], [2]), [0, 0, 0])
+    np.testing.assert_allclose(chances(second, [], [1]), [0.5, 0, 0.5])
+    np.testing.assert_allclose(chances(second, [2], [2]), [0, 0, 0])
+    # Events at once are as events alone.
+    both = second.chances(np.array([[0, 2], [0, 1]]), np.array([[1], [1]]))
+    np.testing.assert_allclose(both, [[1 / 3, 0, 2 / 3], [2 / 3, 0, 1 / 3]], rtol=1e-6)
 
 
 def test_tables_are_counts_of_pairs_within_a_token():
@@ -87,7 +95,7 @@ def test_edgemoe_learns_from_requests_set_aside_alone():
     data = policy_data(shape, [], popularity=[[1] * 6] * 3, fit=fit_of(shape))
     blind = replace(data, events=None, next_use=None, first_use=None)
     core = make_core("edgemoe", blind, slots=4)
-    assert len(core.policy.prefetcher._tables) == 2
+    assert len(core.policy.prefetcher._paths._tables) == 2
     with pytest.raises(PolicyError, match="requests to learn from"):
         make_core("edgemoe", replace(data, fit=None), slots=4)
 
