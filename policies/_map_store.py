@@ -65,14 +65,14 @@ class MapStore:
         self.size = 0
         self.maps = np.zeros((layers, capacity, experts), np.float32)
         self._semantic_share = semantic_share
-        self._inverse_norms = np.zeros((layers, capacity))
-        self._embeddings = np.zeros((capacity, 0), np.float32)
-        self._inverse_lengths = np.zeros(capacity)
+        self.inverse_norms = np.zeros((layers, capacity))
+        self.embeddings = np.zeros((capacity, 0), np.float32)
+        self.inverse_lengths = np.zeros(capacity)
 
     @property
     def nbytes(self) -> int:
         """Host memory taken."""
-        return self.maps.nbytes + self._embeddings.nbytes + self._inverse_norms.nbytes
+        return self.maps.nbytes + self.embeddings.nbytes + self.inverse_norms.nbytes
 
     def semantic(self, embeddings: Floats) -> Floats:
         """Cosines of ``embeddings`` [n, H] with those of the entries: [n, size]."""
@@ -82,14 +82,18 @@ class MapStore:
         return self._semantic(whole, inverse)
 
     def _semantic(self, whole: Floats, inverse: Floats) -> Floats:
-        dots = (whole @ self._embeddings[: self.size].T).astype(np.float64)
-        dots *= self._inverse_lengths[: self.size]
+        dots = (whole @ self.embeddings[: self.size].T).astype(np.float64)
+        dots *= self.inverse_lengths[: self.size]
         dots *= inverse[:, None]
         return dots
 
+    def search_ahead(self, embeddings: Floats, maps: Floats) -> SearchAhead:
+        """Searches for iterations of one token each, one after the other: [n, H], [n, L, E]."""
+        return SearchAhead(self, embeddings, maps)
+
     def prefixes(self, rows: int) -> Prefixes:
         """A trajectory search for the ``rows`` tokens of one iteration."""
-        return Prefixes(self.maps, self._inverse_norms, self.size, rows)
+        return Prefixes(self.maps, self.inverse_norms, self.size, rows)
 
     def fill(self, embeddings: Floats, maps: Floats) -> None:
         """Add entries in order, from ``embeddings`` [n, H] and ``maps`` [n, L, E] in units."""
@@ -101,23 +105,31 @@ class MapStore:
             semantic = self.semantic(embeddings[block])
             self.add(embeddings[block], maps[block], semantic, prefixes.cosines())
 
-    def add(self, embeddings: Floats, maps: Floats, semantic: Floats, trajectory: Floats) -> None:
-        """Add entries one after the other, given their cosines with the entries so far."""
+    def add(
+        self, embeddings: Floats, maps: Floats, semantic: Floats, trajectory: Floats
+    ) -> list[int]:
+        """Add entries one after the other, given their cosines with the entries so far.
+
+        Returns their places.
+        """
         whole, inverse = _directions(embeddings)
-        if self._embeddings.shape[1] == 0:
-            self._embeddings = np.zeros((self.capacity, whole.shape[1]), np.float32)
+        if self.embeddings.shape[1] == 0:
+            self.embeddings = np.zeros((self.capacity, whole.shape[1]), np.float32)
         redundancy = self._redundancies(semantic, trajectory)
         squares = np.einsum("nle,nle->nl", maps, maps, dtype=np.float64)
         norms = _inverse(np.cumsum(squares, axis=1))
         among = self._among(whole, inverse, maps, norms[:, -1])
+        places = []
         for row in range(len(maps)):
             slot = self.size if self.size < self.capacity else int(redundancy[row].argmax())
             self.size = max(self.size, slot + 1)
             self.maps[:, slot] = maps[row]
-            self._inverse_norms[:, slot] = norms[row]
-            self._embeddings[slot] = whole[row]
-            self._inverse_lengths[slot] = inverse[row]
+            self.inverse_norms[:, slot] = norms[row]
+            self.embeddings[slot] = whole[row]
+            self.inverse_lengths[slot] = inverse[row]
             redundancy[row + 1 :, slot] = among[row + 1 :, row]
+            places.append(slot)
+        return places
 
     def _redundancies(self, semantic: Floats, trajectory: Floats) -> Floats:
         """[n, capacity]; -inf where there is no entry yet."""
@@ -180,3 +192,58 @@ class Prefixes:
         scores = self._dots * self._inverse_norms[-1, : self._size]
         scores *= _inverse(self._squares)[:, None]
         return scores
+
+
+class SearchAhead:
+    """Both searches for iterations of one token each, whose products are taken at once.
+
+    What :meth:`MapStore.semantic` and :class:`Prefixes` give one by one, as long as nothing but
+    :meth:`add` changes the store.
+    """
+
+    def __init__(self, store: MapStore, embeddings: Floats, maps: Floats) -> None:
+        rows, layers = maps.shape[:2]
+        size = store.size
+        places = min(store.capacity, size + rows)
+        self._store = store
+        self._embeddings, self._maps = embeddings, maps
+        whole, self._inverse = _directions(embeddings)
+        self._meaning = np.zeros((rows, places))
+        if size:
+            self._meaning[:, :size] = whole @ store.embeddings[:size].T
+        self._meaning_among = whole @ whole.T
+        self._paths = np.zeros((rows, layers, places))
+        self._paths_among = np.empty((rows, layers, rows))
+        for layer in range(layers):
+            own = maps[:, layer]
+            self._paths[:, layer, :size] = own @ store.maps[layer, :size].T
+            self._paths_among[:, layer] = own @ own.T
+        np.cumsum(self._paths, axis=1, out=self._paths)
+        np.cumsum(self._paths_among, axis=1, out=self._paths_among)
+        self._squares = np.cumsum(np.einsum("nle,nle->nl", maps, maps, dtype=np.float64), axis=1)
+
+    def find(self, row: int) -> tuple[npt.NDArray[np.intp], Floats]:
+        """The entry found by meaning, then by the map up to each layer: [1 + L], and cosines."""
+        size = self._store.size
+        self._semantic = self._meaning[row, :size] * self._store.inverse_lengths[:size]
+        self._semantic *= self._inverse[row]
+        self._scores = self._paths[row, :, :size] * self._store.inverse_norms[:, :size]
+        by_path = self._scores.argmax(axis=1)
+        squares = self._squares[row]
+        found = np.take_along_axis(self._scores, by_path[:, None], 1)[:, 0]
+        cosines = np.where(squares > 0, found / np.sqrt(np.where(squares > 0, squares, 1)), 0.0)
+        by_meaning = int(self._semantic.argmax())
+        entries = np.concatenate(([by_meaning], by_path))
+        return entries, np.concatenate(([self._semantic[by_meaning]], cosines))
+
+    def add(self, row: int) -> None:
+        """The iteration is over: its map enters the store."""
+        own = slice(row, row + 1)
+        size = self._store.size
+        semantic = trajectory = np.zeros((1, 0))
+        if size:
+            semantic = self._semantic[None]
+            trajectory = (self._scores[-1] * _inverse(self._squares[own, -1]))[None]
+        (place,) = self._store.add(self._embeddings[own], self._maps[own], semantic, trajectory)
+        self._meaning[row + 1 :, place] = self._meaning_among[row + 1 :, row]
+        self._paths[row + 1 :, :, place] = self._paths_among[row + 1 :, :, row]

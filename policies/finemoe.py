@@ -38,7 +38,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from policies._map_store import UNITS, Floats, MapStore, Prefixes, as_units, scatter
+from policies._map_store import (
+    UNITS,
+    Floats,
+    MapStore,
+    Prefixes,
+    SearchAhead,
+    as_units,
+    scatter,
+)
 from policies.core import DecisionCore
 from policies.errors import PolicyError
 from policies.interface import (
@@ -57,6 +65,7 @@ from policies.registry import Param, Params, register
 _SOURCE = "map_search"
 _DECODE = 1  # the trace's word for a decode row
 _LEAST_UNITS = 0.5
+_BLOCK_STEPS = 32
 
 
 class MapCache(CacheRule):
@@ -168,12 +177,71 @@ class MapReader:
         return scatter(rows("experts", layer), rows("weights", layer), self._experts)
 
 
+class RecordedMaps:
+    """Steps to come, and what is found for those of one decode row: many of them at once.
+
+    A search uses the row's own gates up to the layer in progress, and the entries of the rows
+    before; only their products are taken ahead of time.
+    """
+
+    def __init__(self, recording: Recorded, experts: int, has_probabilities: bool) -> None:
+        self._experts = experts
+        self._has_probabilities = has_probabilities
+        self._recording = recording
+        steps = np.asarray(recording.step_of_row)
+        decode = np.asarray(recording.phase_of_row) == _DECODE
+        self._rows = np.bincount(steps[decode], minlength=steps[-1] + 1)
+        #: the step's first decode row, where it has one
+        self._row = np.searchsorted(np.cumsum(decode), np.cumsum(self._rows) - self._rows + 1)
+        self._place: dict[int, int] = {}
+
+    def search(self, step: int, store: MapStore) -> tuple[SearchAhead, int]:
+        """The searches of a block of steps, and the place in it of ``step``, of one decode row."""
+        if step not in self._place:
+            steps = self._block(step)
+            self._place = {name: place for place, name in enumerate(steps.tolist())}
+            self._searches = store.search_ahead(*self._read(self._row[steps]))
+        return self._searches, self._place[step]
+
+    def forget(self) -> None:
+        """The store has changed behind the searches' back."""
+        self._place.clear()
+
+    def _block(self, first: int) -> npt.NDArray[np.intp]:
+        """Steps of one decode row, up to one of several; those of none do not matter."""
+        rows = self._rows[first : first + _BLOCK_STEPS]
+        several = np.flatnonzero(rows > 1)
+        last = int(several[0]) if len(several) else len(rows)
+        steps: npt.NDArray[np.intp] = first + np.flatnonzero(rows[:last] == 1)
+        return steps
+
+    def _read(self, rows: npt.NDArray[Any]) -> tuple[Floats, Floats]:
+        """Embeddings [n, H] and maps in units [n, L, E]."""
+        column = self._recording.column
+        if self._has_probabilities:
+            full: Floats = column("gate_probs")[rows]
+        else:
+            full = scatter(column("experts")[rows], column("weights")[rows], self._experts)
+        return column("embedding")[rows], as_units(full)
+
+
 class MapPrefetcher(Prefetcher):
-    """Semantic search when a step begins, trajectory search at every gate."""
+    """Semantic search when a step begins, trajectory search at every gate.
+
+    ``recorded``: steps to come, None in live runs.
+    """
 
     def __init__(
-        self, reader: MapReader, store: MapStore, cache: MapCache, distance: int, update: bool
+        self,
+        reader: MapReader,
+        recorded: RecordedMaps | None,
+        store: MapStore,
+        cache: MapCache,
+        distance: int,
+        update: bool,
     ) -> None:
+        self._recorded = recorded
+        self._ahead: tuple[SearchAhead, int] | None = None
         self._reader = reader
         self._store = store
         self._cache = cache
@@ -193,8 +261,11 @@ class MapPrefetcher(Prefetcher):
         """What the most similar embedding's map says of the first layers."""
         self._p.clear()
         self._rows = self._reader.begin_step()
+        self._ahead = None
         if not self._rows:
             return ()
+        if self._recorded is not None and self._rows == 1:
+            return self._foresee(step)
         self._embeddings = self._reader.embeddings()
         self._semantic = self._store.semantic(self._embeddings)
         self._prefixes: Prefixes = self._store.prefixes(self._rows)
@@ -205,11 +276,33 @@ class MapPrefetcher(Prefetcher):
         best = [(entry, float(self._semantic[row, entry])) for row, entry in enumerate(entries)]
         return [self._found(step, layer, best) for layer in range(self._distance)]
 
+    def _foresee(self, step: int) -> Iterable[Prediction]:
+        """Work out what the step's gates will find; each is told of its own in time."""
+        assert self._recorded is not None
+        self._ahead = searches, row = self._recorded.search(step, self._store)
+        if not self._store.size:
+            self._sets: list[tuple[list[int], list[float], Floats]] = []
+            return ()
+        entries, cosines = searches.find(row)
+        # Of the layers that no gate predicts, and of those a distance ahead of each gate.
+        source = np.maximum(np.arange(self._layers) - self._distance + 1, 0)
+        units = self._store.maps[np.arange(self._layers), entries[source]]
+        self._sets = prefetch_sets(units, 1.0 - cosines[source], self._top_k)
+        return [self._foreseen(step, layer) for layer in range(self._distance)]
+
+    def _foreseen(self, step: int, layer: int) -> Found:
+        chosen, scores, units = self._sets[layer]
+        first = layer * self._experts
+        return Found(_SOURCE, step, layer, [first + expert for expert in chosen], scores, units)
+
     def on_gate(self, step: int, layer: int, keys: Keys) -> Iterable[Prediction]:
         """What the most similar beginning of a map says of the layer that is ``distance`` ahead."""
         if self.core.awaits_copies:
             self.core.pause_low()
         self._reprioritise(layer)
+        if self._ahead is not None:
+            target = layer + self._distance
+            return (self._foreseen(step, target),) if target < len(self._sets) else ()
         if not self._rows:
             return ()
         units = self._reader.units(layer)
@@ -238,6 +331,12 @@ class MapPrefetcher(Prefetcher):
         """The iteration's maps enter the store."""
         if not (self._rows and self._update):
             return
+        if self._ahead is not None:
+            searches, row = self._ahead
+            searches.add(row)
+            return
+        if self._recorded is not None:
+            self._recorded.forget()
         self._store.add(self._embeddings, self._map, self._semantic, self._prefixes.cosines())
 
     def _reprioritise(self, layer: int) -> None:
@@ -284,6 +383,21 @@ def prefetch_set(units: Floats, delta: float, top_k: int) -> npt.NDArray[np.intp
     if count > len(ranked) or ranked[count - 1] == 0:
         count = int(np.count_nonzero(ranked))
     return order[:count]
+
+
+def prefetch_sets(
+    units: Floats, deltas: Floats, top_k: int
+) -> list[tuple[list[int], list[float], Floats]]:
+    """As :func:`prefetch_set` for each row of ``units`` [n, E]: experts, p, and the row itself."""
+    order = (-units).argsort(axis=1, kind="stable")
+    ranked = np.take_along_axis(units, order, 1)
+    asked = (np.clip(deltas, 0.0, 1.0) * UNITS)[:, None]
+    enough = np.count_nonzero(ranked.cumsum(axis=1, dtype=np.float64) < asked, axis=1) + 1
+    counts = np.maximum(np.where(deltas > 0, enough, top_k), top_k)
+    # Experts of no probability at all come last.
+    counts = np.minimum(counts, np.count_nonzero(ranked, axis=1)).tolist()
+    names, p = order.tolist(), (ranked * np.float32(1 / UNITS)).tolist()
+    return [(names[row][:count], p[row][:count], units[row]) for row, count in enumerate(counts)]
 
 
 def fill_store(store: MapStore, fit: Recorded, experts: int, has_probabilities: bool) -> None:
@@ -347,6 +461,7 @@ def _notes(data: PolicyData) -> tuple[str, ...]:
     prefetches=True,
     fitted=True,
     reads_signals=True,
+    in_blocks=True,
     columns=_columns,
     summary="expert maps of past iterations, found by embedding and by trajectory",
     source="FineMoE, arXiv 2502.05370",
@@ -368,6 +483,9 @@ def build(params: Params, data: PolicyData) -> Policy:
             )
         fill_store(store, data.fit, shape.experts, has_probabilities)
     reader = MapReader(data.signals, shape.experts, has_probabilities)
+    recorded = None
+    if data.recording is not None:
+        recorded = RecordedMaps(data.recording, shape.experts, has_probabilities)
     cache = MapCache()
-    prefetcher = MapPrefetcher(reader, store, cache, distance, params["update"])
+    prefetcher = MapPrefetcher(reader, recorded, store, cache, distance, params["update"])
     return Policy(cache, prefetcher, scope=params["scope"], notes=notes)
