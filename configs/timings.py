@@ -64,8 +64,6 @@ class Pass(_Strict):
     host: HostTimes
     segment_ns: tuple[Ns, ...] = Field(strict=False, min_length=1)
     head_ns: Ns
-    after_wait_ns: Ns
-    """More for a segment after a wait for copies."""
     experts: tuple[ExpertsTime, ...] = Field(strict=False, min_length=1)
 
     @model_validator(mode="after")

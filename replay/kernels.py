@@ -241,7 +241,7 @@ class GatedExperts:
     ) -> None:
         """Compute the assignments whose slot is not -1.
 
-        hidden [T, H]; slots int32 [T * k], device or pinned; act [T * k, I]; out [T * k, H].
+        hidden [T, H]; slots int16 [T * k]; act [T * k, I]; out [T * k, H].
         """
         count = len(slots)
         top_k = count // len(hidden)

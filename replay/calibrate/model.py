@@ -22,6 +22,7 @@ from configs.timings import ExpertsTime, HostTimes, LinkTimes, Pass
 from policies.capacity import plan_memory
 from policies.core import DecisionCore
 from policies.interface import PolicyData, Shape
+from replay.calibrate.rig import CalibrationError
 from replay.cuda_driver import CopyStream
 from replay.ledger import COPY, DECIDE, EXPERTS, GPU, ISSUE, SEGMENT, STEP
 from replay.play import ForcedStep, Measured, Replay, Session
@@ -36,6 +37,7 @@ Ints = npt.NDArray[np.int64]
 DECODE_STEPS = 60
 _SETTLING = 8  # steps of a run that are left out: caches fill, clocks rise
 _PREFILLS = 6
+_TRAFFIC_BYTES = 4 * 2**30
 _TRAIN = 40  # copies back to back
 _REPEATS = 30
 
@@ -133,7 +135,6 @@ class ModelRig:
             kv_tokens=self.session.kv_capacity,
             host=self._decode_host(runs),
             **self._chain(runs[0], experts[-1].ns),
-            after_wait_ns=self._after_wait(runs, experts),
             experts=tuple(experts),
         )
 
@@ -146,37 +147,34 @@ class ModelRig:
         )
 
     def _decode_host(self, runs: dict[int, Marks]) -> HostTimes:
-        resident = runs[0]
+        resident, all_missed = runs[0], runs[self.shape.top_k]
         decisions = {n: _median(run.duration[run.settled(DECIDE)]) for n, run in runs.items()}
         idle = _median(resident.duration[resident.settled(ISSUE)])
-        all_missed = runs[self.shape.top_k]
         handed = all_missed.settled(ISSUE) & (all_missed.count > 0)
-        single = _median(all_missed.duration[all_missed.settled(EXPERTS)])
-        whole = _median(resident.duration[resident.settled(EXPERTS)])
+        launch = _median(resident.duration[resident.settled(EXPERTS)])
         steps = resident.settled(STEP)
         return HostTimes(
             step_ns=int(resident.duration[steps].sum()) // len(np.unique(resident.step[steps])),
             segment_launch_ns=_median(resident.duration[resident.settled(SEGMENT)]),
-            experts_launch_ns=single,
-            launch_each_ns=max((whole - single) // (self.shape.top_k - 1), 0),
+            experts_launch_ns=launch,
+            launch_each_ns=0,
             readback_ns=self.readback_ns,
             decision_ns=decisions[0] + idle,
             awaited_ns=_slope(decisions),
             copy_issue_ns=_median((all_missed.duration[handed] - idle) // all_missed.count[handed]),
-            landing_ns=self._landing_ns(runs[1]),
+            landing_ns=self._landing_ns(runs[1], launch),
         )
 
-    def _landing_ns(self, run: Marks) -> int:
-        """What the wait for an event's one copy takes beyond the copy itself.
+    def _landing_ns(self, run: Marks, launch_ns: int) -> int:
+        """From the end of an event's one copy to the end of its launch, less a usual launch.
 
         The copy began as its hand-over ended; the others' launch comes before the wait.
         """
-        copy_ns = self.link.startup_ns + self.shape.bytes_by_layer[0] * 10**9 // (
-            self.link.bytes_per_s
-        )
+        link = self.link
+        copy_ns = link.startup_ns + self.shape.bytes_by_layer[0] * 10**9 // link.bytes_per_s
         waits = np.flatnonzero(run.settled(COPY))
-        since = run.end[waits] - run.end[waits - 2]  # the launch before, and the hand-over's end
-        return max(_median(since) - copy_ns, 0)
+        since = run.end[waits + 1] - run.end[waits - 2]
+        return max(_median(since) - copy_ns - launch_ns, 0)
 
     def _chain(self, resident: Marks, experts_ns: int) -> dict[str, Any]:
         """Segments and head: what the host waits for, less the experts before and the readback."""
@@ -193,14 +191,6 @@ class ModelRig:
         waits = np.flatnonzero(run.settled(GPU) & (run.layer == layer))
         return _median(run.duration[waits] + run.duration[waits - 1])
 
-    def _after_wait(self, runs: dict[int, Marks], experts: list[ExpertsTime]) -> int:
-        """How much longer it takes after a wait for copies than back to back."""
-        layers = range(1, self.shape.layers)
-        alone = [self._waited(runs[self.shape.top_k], layer) for layer in layers]
-        together = [self._waited(runs[0], layer) for layer in layers]
-        shorter = experts[-1].ns - experts[0].ns
-        return round(float(np.mean(alone)) - float(np.mean(together)) + shorter)
-
     def _experts_alone(self) -> list[ExpertsTime]:
         """Launches over 1 to k experts on an idle GPU, until the host sees them done."""
         shape, session = self.shape, self.session
@@ -211,13 +201,44 @@ class ModelRig:
         def once(experts: int, repeat: int) -> int:
             layer = repeat % shape.layers
             slots = rng.choice(pool.slots, experts, replace=False)
-            launches.slots[layer, 0] = [*slots, *[-1] * (shape.top_k - experts)]
-            return _until_done(lambda: launches.replay(layer, 0))
+            named = [*slots.tolist(), *[-1] * (shape.top_k - experts)]
+            return _until_done(lambda: launches.launch(layer, 0, named))
 
         return [
             ExpertsTime(experts=n, ns=self._gpu_ns([once(n, r) for r in range(_REPEATS)]))
             for n in range(1, shape.top_k + 1)
         ]
+
+    @cached_property
+    def slowdowns(self) -> tuple[float, float]:
+        """By how much segments, and experts' launches, take longer while copies run: fractions."""
+        shape, session = self.shape, self.session
+        captured = session.captured()
+        pool = SlotPool(session.ready.layout, 4 * shape.top_k, session.device)
+        launches = self._launches(pool)
+        traffic = Traffic(session)
+        names = list(range(shape.top_k)), [0, *[-1] * (shape.top_k - 1)]
+
+        def segment(repeat: int) -> None:
+            captured.graphs[1 + repeat % (shape.layers - 1)].replay()
+
+        def experts(repeat: int) -> None:
+            launches.launch(repeat % shape.layers, 0, names[repeat % 2])
+
+        return self._slowdown(segment, traffic), self._slowdown(experts, traffic)
+
+    def _slowdown(self, launch: Callable[[int], None], traffic: Traffic) -> float:
+        alone, beside = [], []
+        for repeat in range(_REPEATS):
+            alone.append(_until_done(lambda: launch(repeat)))  # noqa: B023 - runs at once
+        traffic.begin()
+        for repeat in range(_REPEATS):
+            beside.append(_until_done(lambda: launch(repeat), synchronize=False))  # noqa: B023
+        if traffic.ended():
+            raise CalibrationError("copies ended before the work beside them")
+        traffic.finish()
+        plain = self._gpu_ns(alone)
+        return max(self._gpu_ns(beside) / max(plain, 1) - 1, 0.0)
 
     def _gpu_ns(self, seen: list[int]) -> int:
         return max(_median(np.array(seen)) - self.readback_ns, 0)
@@ -260,7 +281,6 @@ class ModelRig:
             host=host,
             segment_ns=tuple(tails[: shape.layers]),
             head_ns=tails[shape.layers],
-            after_wait_ns=0,
             experts=tuple(self._tiles_alone(tokens)),
         )
 
@@ -304,10 +324,46 @@ class ModelRig:
         return table
 
 
-def _until_done(launch: Callable[[], object]) -> int:
+class Traffic:
+    """Copies back to back, to run something beside."""
+
+    def __init__(self, session: Session) -> None:
+        nbytes = session.ready.layout.nbytes
+        self._stream = torch.cuda.Stream()
+        self._count = max(_TRAFFIC_BYTES // nbytes, 1)
+        self._nbytes = nbytes
+        self._source = session.ready.store.memory.view(-1, nbytes)
+        self._target = torch.empty((_TRAIN, nbytes), dtype=torch.uint8, device=session.device)
+
+    def begin(self) -> None:
+        """Hand over some 60 ms of copies, and see the first of them end."""
+        self._copies = CopyStream(self._stream.cuda_stream, self._count)
+        self._events = [
+            self._copies.copy(
+                self._target[index % _TRAIN].data_ptr(),
+                self._source[index % len(self._source)].data_ptr(),
+                self._nbytes,
+            )
+            for index in range(self._count)
+        ]
+        while not self._copies.landed(self._events[0]):
+            pass
+
+    def ended(self) -> bool:
+        """Whether all have landed."""
+        return self._copies.landed(self._events[-1])
+
+    def finish(self) -> None:
+        """Wait for the rest."""
+        self._stream.synchronize()
+        self._copies.close()
+
+
+def _until_done(launch: Callable[[], object], *, synchronize: bool = True) -> int:
     """Ns from the end of the launch until the host sees it done, the GPU being idle before."""
     done = torch.cuda.Event()
-    torch.cuda.synchronize()
+    if synchronize:
+        torch.cuda.synchronize()
     launch()
     began = perf_counter_ns()
     done.record()
@@ -327,14 +383,15 @@ def measure_link(session: Session) -> LinkTimes:
     stream = torch.cuda.Stream()
     copies = CopyStream(stream.cuda_stream, _TRAIN)
     memory = session.ready.store.memory.view(-1, nbytes)
-    target = torch.empty(nbytes, dtype=torch.uint8, device=session.device)
+    # Slots of their own, as in a run: what is written twice soon stays in the GPU's cache.
+    slots = torch.empty((_TRAIN, nbytes), dtype=torch.uint8, device=session.device)
     rng = np.random.default_rng(0)
 
     def train(size: int, count: int) -> int:
         """Ns from the end of the first hand-over to the last landing."""
         events, began = [], 0
-        for key in rng.integers(0, len(memory), count).tolist():
-            events.append(copies.copy(target.data_ptr(), memory[key].data_ptr(), size))
+        for slot, key in enumerate(rng.integers(0, len(memory), count).tolist()):
+            events.append(copies.copy(slots[slot].data_ptr(), memory[key].data_ptr(), size))
             began = began or perf_counter_ns()
         for event in events:
             while not copies.landed(event):
