@@ -4,10 +4,19 @@ Source: FreeToken's rule: of an event's misses the share ``pcie / (pcie + cpu)``
 rest runs on the CPU meanwhile.
 
 Our readings: a rate is what one expert more takes, start-ups left out, beside the other's work (so
-with both slow-downs), for the mean number of tokens a miss; the number to copy is rounded to the
-nearest, halves up; copied are those with most tokens, then in touch order, since the CPU's time
-grows with tokens and the copied ones stay in the cache. What the CPU computes does not enter the
-cache, and the cache rule does not hear of it.
+with both slow-downs), for the mean number of tokens a miss; copied are those with most tokens, then
+in touch order, since the CPU's time grows with tokens and the copied ones stay in the cache. What
+the CPU computes does not enter the cache, and the cache rule does not hear of it.
+
+The number to copy is rounded to the nearest, halves up. Where the link's share is below one half,
+that alone sends every lone miss to the CPU, so a cache that misses one expert an event learns
+nothing more. ``rounding=owed`` therefore adds up the shares of a layer's events that round to none,
+and copies one expert once they make one; an event that copies settles the account. On the machine
+rtx4090-pcie4, its link at 12 GB/s, that decodes gpt-oss-20b's experts, 75 % of them in slots, in
+9.4 ms a token (94 % hits) where ``nearest`` takes 14.2 (76 %). On the sample and on a recording of
+a Qwen1.5-MoE-shaped model, 25 to 75 % in slots, it takes 2 % less to 5 % more at 12 GB/s, 2 % less
+to 1 % more at 24 GB/s; at 50 GB/s the two are one. Carrying all remainders on, those of events that
+copy, too, was up to 4 % slower there than ``owed``.
 """
 
 from __future__ import annotations
@@ -19,16 +28,19 @@ from policies.errors import PolicyError
 from policies.interface import Costs, Keys, MissRule, Policy, PolicyData, Shape
 from policies.registry import Param, Params, register
 
+ROUNDINGS = ("owed", "nearest")
 _PPM = 1_000_000
 
 
 class RateSplit(MissRule):
     """The link's share of the misses is copied, the CPU computes the others."""
 
-    def __init__(self, shape: Shape, costs: Costs) -> None:
+    def __init__(self, shape: Shape, costs: Costs, rounding: str) -> None:
         self._shape = shape
         self._costs = costs
-        self._copied: dict[tuple[int, int, int], int] = {}
+        self._owes = rounding == "owed"
+        self._owed_ppm = [0] * shape.layers
+        self._shares: dict[tuple[int, int, int], tuple[int, int]] = {}
 
     def on_misses(self, layer: int, misses: Keys, tokens: Mapping[int, int]) -> Collection[int]:
         """Those with fewest tokens."""
@@ -41,14 +53,29 @@ class RateSplit(MissRule):
         return [misses[index] for index in ranked[copied:]]
 
     def _copies(self, layer: int, misses: int, tokens: int) -> int:
-        known = self._copied.get((layer, misses, tokens))
+        """The share's nearest; where that is none, one as soon as one is owed."""
+        known = self._shares.get((layer, misses, tokens))
         if known is None:
-            cpu_ns = self.cpu_ns(layer, -(-tokens // misses))
-            both = self.link_ns(layer) + cpu_ns
-            # share = (1 / link) / (1 / link + 1 / cpu) = cpu / (link + cpu)
-            known = (2 * misses * cpu_ns + both) // (2 * both)
-            self._copied[layer, misses, tokens] = known
-        return known
+            known = self._shares[layer, misses, tokens] = self._share(layer, misses, tokens)
+        copied, share_ppm = known
+        if copied:
+            self._owed_ppm[layer] = 0
+            return copied
+        owed_ppm = self._owed_ppm[layer] + share_ppm
+        if not self._owes or owed_ppm < _PPM:
+            self._owed_ppm[layer] = owed_ppm
+            return 0
+        self._owed_ppm[layer] = 0
+        return 1
+
+    def _share(self, layer: int, misses: int, tokens: int) -> tuple[int, int]:
+        """Copies that the link is due: the nearest number, halves up, and in millionths."""
+        cpu_ns = self.cpu_ns(layer, -(-tokens // misses))
+        both_ns = self.link_ns(layer) + cpu_ns
+        # (1 / link) / (1 / link + 1 / cpu) = cpu / (link + cpu)
+        due_ns = misses * cpu_ns
+        # Rounded up: three thirds are one.
+        return (2 * due_ns + both_ns) // (2 * both_ns), -(-due_ns * _PPM // both_ns)
 
     def link_ns(self, layer: int) -> int:
         """One copy more, back to back, while the CPU computes."""
@@ -65,7 +92,15 @@ class RateSplit(MissRule):
 
 @register(
     "hybrid-split",
-    params={"cache": Param(str, "lru", "cache rule beneath", choices=causal_caches)},
+    params={
+        "cache": Param(str, "lru", "cache rule beneath", choices=causal_caches),
+        "rounding": Param(
+            str,
+            "owed",
+            "nearest number of copies; owed: shares that round to none add up until they make one",
+            choices=ROUNDINGS,
+        ),
+    },
     reads_costs=True,
     summary="misses shared out between link and CPU by their rates",
     source="FreeToken's split",
@@ -75,4 +110,6 @@ def build(params: Params, data: PolicyData) -> Policy:
     if data.costs is None:
         raise PolicyError("hybrid-split weighs CPU against link: it needs the machine's costs")
     cache, scope = combine(params["cache"], data)
-    return Policy(cache, miss_rule=RateSplit(data.shape, data.costs), scope=scope)
+    return Policy(
+        cache, miss_rule=RateSplit(data.shape, data.costs, params["rounding"]), scope=scope
+    )

@@ -53,14 +53,60 @@ def test_hybrid_split_copies_the_links_share_and_those_with_most_tokens():
 )
 def test_rates_are_those_beside_each_other(cpu_ppm, link_ppm, copied):
     costs = replace(COSTS, cpu_slowdown_ppm=cpu_ppm, link_slowdown_cpu_ppm=link_ppm)
-    rule = RateSplit(SHAPE, costs)
+    rule = RateSplit(SHAPE, costs, "nearest")
     sizes = [len(rule.on_misses(0, list(range(n)), {})) for n in range(1, 6)]
     assert [n - size for n, size in zip(range(1, 6), sizes, strict=True)] == copied
 
 
 def test_halves_are_copied():
-    rule = RateSplit(SHAPE, replace(COSTS, cpu_expert=7))  # 12 and 12: half of the misses each
+    rule = RateSplit(
+        SHAPE, replace(COSTS, cpu_expert=7), "nearest"
+    )  # 12 and 12: half of the misses each
     assert [len(rule.on_misses(0, list(range(n)), {})) for n in (1, 2, 3, 4)] == [0, 1, 1, 2]
+
+
+def test_tokens_a_miss_are_rounded_up():
+    # 5 tokens for 4 misses, so 2 each: CPU 20, share 20 / 32 = 0.625, 2.5 copies. At one token
+    # each it would be 15 / 27 = 0.556, 2.2 copies.
+    on_cpu = RateSplit(SHAPE, COSTS, "nearest").on_misses(0, [0, 1, 2, 3], {2: 2})
+    assert on_cpu == [3]
+
+
+def test_hybrid_split_owes_the_link_what_rounds_to_no_copy():
+    # One expert more: 12 on the link, 1 + 5 on the CPU: share 1/3.
+    data = policy_data(shape_of(2, 8), [], costs=replace(COSTS, cpu_expert=1))
+    steps = [
+        [[0], [8]],  # 1/3 owed in each layer
+        [[1], [9, 10]],  # 2/3 owed; 2/3 of two misses make one copy, which settles layer 1
+        [[2], [8]],  # 3/3: copied; 1/3
+        [[1], [10]],  # 1/3; 2/3
+        [[2], [11]],  # a hit owes nothing; 3/3: copied
+    ]
+    log: Log = []
+    core = make_core("hybrid-split", data, slots=4, log=log)
+    run_instant(core, steps)
+    assert story(log) == told("""
+        0.0 |  |                   # what the CPU computes is not told
+        0.1 |  |
+        1.0 |  |
+        1.1 | 9 | +9
+        2.0 | 2 | +2
+        2.1 |  |
+        3.0 |  |
+        3.1 |  |
+        4.0 | 2* |
+        4.1 | 11 | +11
+    """)
+
+
+def test_hybrid_split_by_the_nearest_alone_copies_no_lone_miss_of_a_slow_link():
+    data = policy_data(SHAPE, [], costs=replace(COSTS, cpu_expert=1))
+    core = make_core("hybrid-split", data, slots=2, rounding="nearest")
+    run_instant(core, [[[0]]] * 9)
+    assert (total(core, "hits"), total(core, "cpu")) == (0, 9)
+    owed = make_core("hybrid-split", data, slots=2)
+    run_instant(owed, [[[0]]] * 9)
+    assert (total(owed, "hits"), total(owed, "cpu")) == (6, 2)  # the third is copied
 
 
 def test_hybrid_split_needs_costs():
@@ -140,5 +186,5 @@ def test_hybrid_split_on_the_sample_trace():
     resident = found["copies"] - found["evictions"]
     assert resident == 16 * 16
     golden = (found["decode"]["hits"], found["decode"]["cpu"], found["prefill"]["cpu"])
-    assert golden == (50821, 27980, 4057)
+    assert golden == (50824, 27940, 4057)
     assert found["tpot_ms"]["mean"] < lru["tpot_ms"]["mean"]
