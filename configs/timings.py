@@ -104,7 +104,8 @@ class LinkTimes(_Strict):
 class ModelTimes(_Strict):
     """One model on one machine.
 
-    ``machine``: GPU, driver, software; ``source``: the command. ``policies``: by name.
+    ``machine``: GPU, driver, software; ``source``: the command. ``predictor_ns``: as the hardware
+    profile has them, in place of those. ``policies``: by label (name and given parameters).
     """
 
     hardware: str = Field(min_length=1)
@@ -115,7 +116,9 @@ class ModelTimes(_Strict):
     passes: tuple[Pass, ...] = Field(strict=False, min_length=1)
     link: LinkTimes
     segment_slowdown: Slowdown
-    experts_slowdown: Slowdown
+    experts_beside_ns: Ns
+    """By which a launch of experts takes longer while copies run."""
+    predictor_ns: dict[str, Ns] = Field(default_factory=dict)
     policies: dict[str, PolicyTimes] = Field(default_factory=dict)
 
     @model_validator(mode="after")

@@ -60,10 +60,17 @@ class CopyStream:
         assert event.value is not None
         return event.value
 
-    def copy(self, target: int, source: int, nbytes: int) -> int:
-        """Begin a copy from a host to a device address; returns the event that tells its end."""
+    def copy(
+        self, target: int, source: int, nbytes: int, behind: tuple[int, int, int] | None = None
+    ) -> int:
+        """Begin a copy from a host to a device address; returns the event that tells its end.
+
+        ``behind``: another copy to go with it: target, source, bytes.
+        """
         event = self._idle.pop()
         status = self._copy(target, source, nbytes, self._stream)
+        if behind is not None:
+            status = status or self._copy(*behind, self._stream)
         status = status or self._record(event, self._stream)
         if status:
             _check(status, "a copy")

@@ -44,7 +44,8 @@ class Driver:
         core.clock_ns = perf_counter_ns
         #: predictions whose predictor is at work, with the test whether it has finished
         self._coming: list[tuple[Callable[[], bool], Prediction]] = []
-        self.start_predictor: Callable[[Prediction], Callable[[], bool]] = lambda _: lambda: True
+        #: begins a prediction's work, and gives the test; at once where nobody predicts
+        self.start_predictor: Callable[[Prediction, int], Callable[[], bool]] = _at_once
 
     def begin_step(self, step: int, phase: str, begins: Sequence[int]) -> None:
         """A forward step begins."""
@@ -53,7 +54,7 @@ class Driver:
         self.core.step_begin(step, phase)
         self._previous = -1
         for prediction in self.core.predictions_at_step():
-            self._announce(prediction)
+            self._announce(prediction, -1)
         self.ledger.mark(STEP, -1)
 
     def end_step(self, ends: Sequence[int]) -> None:
@@ -78,7 +79,7 @@ class Driver:
         self._previous = layer
         wave = core.gate(layer, keys, tokens)
         for prediction in core.predictions(layer, keys):
-            self._announce(prediction)
+            self._announce(prediction, layer)
         ledger.mark(DECIDE, layer, wave.waiting)
         while True:
             handed = self.copies.chunks
@@ -176,16 +177,24 @@ class Driver:
 
     def _take_in(self) -> None:
         self.copies.poll()
-        finished = [prediction for ready, prediction in self._coming if ready()]
-        if not finished:
+        if not self._coming:
             return
-        self._coming = [each for each in self._coming if each[1] not in finished]
-        for prediction in finished:
-            self.core.prediction_ready(prediction)
+        still = []
+        for each in self._coming:
+            ready, prediction = each
+            if ready():
+                self.core.prediction_ready(prediction)
+            else:
+                still.append(each)
+        self._coming = still
 
-    def _announce(self, prediction: Prediction) -> None:
-        ready = self.start_predictor(prediction)
+    def _announce(self, prediction: Prediction, layer: int) -> None:
+        ready = self.start_predictor(prediction, layer)
         if ready():
             self.core.prediction_ready(prediction)
             return
         self._coming.append((ready, prediction))
+
+
+def _at_once(prediction: Prediction, layer: int) -> Callable[[], bool]:
+    return lambda: True

@@ -24,6 +24,7 @@ from replay.slots import CopyEngine, SlotPool
 from replay.store import ExpertStore
 
 if TYPE_CHECKING:
+    from replay.predictors import Predictors
     from replay.tiles import TileExperts
 
 IMPLEMENTATION = "moesim_replay"
@@ -48,6 +49,7 @@ class EagerEngine:
         core: DecisionCore,
         *,
         window: int = 2,
+        link_scale: float = 1.0,
         touch_order: str = "last-use",
     ) -> None:
         self._model = model
@@ -56,9 +58,11 @@ class EagerEngine:
         device = next(model.parameters()).device
         slots = sum(core.plan.capacity) + core.plan.staging_slots
         self.pool = SlotPool(store.layout, slots, device)
-        self.copies = CopyEngine(core, store, self.pool, window)
+        self.copies = CopyEngine(core, store, self.pool, window, link_scale)
         self.driver = Driver(core, self.copies, touch_order)
         self.forced: Sequence[np.ndarray] | None = None
+        #: told the gate inputs of the pass in progress
+        self.predictors: Predictors | None = None
         self._ids: torch.Tensor | None = None
         self._tiles = self._tile_experts() if self.pool.memory.is_cuda else None
         self._warm(store)
@@ -75,6 +79,8 @@ class EagerEngine:
         self._model.set_experts_implementation(self._kept)
         for module in self._modules:
             del module._moesim_replay
+        if self.predictors is not None:
+            self.predictors.hidden = None
 
     @property
     def kernel(self) -> str:
@@ -122,6 +128,8 @@ class EagerEngine:
         self.driver.wait(layer)
         chosen = on_host if self.forced is None else self.forced[layer]
         flat = np.ascontiguousarray(chosen, dtype=np.int64).reshape(-1)
+        if self.predictors is not None:
+            self.predictors.hidden = hidden
         self.driver.event(layer, chosen, self._launcher(layer, hidden, flat, out, top_k))
         weighted = out * weights.reshape(-1, 1)
         return weighted.view(rows, top_k, -1).sum(1).to(hidden.dtype)

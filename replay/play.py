@@ -21,6 +21,7 @@ from sim.machine import StepTimes
 
 if TYPE_CHECKING:
     from replay.graphs import CapturedStep, GraphEngine
+    from replay.predictors import Predictors
 
 Ints = npt.NDArray[Any]
 
@@ -66,6 +67,12 @@ class Session:
         self.cache = StaticCache(config=ready.model.config, max_cache_len=kv_capacity)
         self.kv_capacity = kv_capacity
         self._captured: CapturedStep | None = None
+        self._predictors: Predictors | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the model knows."""
+        return int(self.ready.model.config.get_text_config().vocab_size)
 
     def captured(self) -> CapturedStep:
         """One decode step of one token, cut at the experts."""
@@ -77,16 +84,37 @@ class Session:
             self._captured = CapturedStep(ready.model, ready.modules, self.cache, 1)
         return self._captured
 
+    def predictors(self) -> Predictors:
+        """The work of predicting, of this model's shape."""
+        from replay.predictors import Predictors, PredictorShape
+
+        if self._predictors is None:
+            inputs = [edge.hidden for edge in self.captured().boundaries]
+            ready = self.ready
+            shape = PredictorShape.of(inputs[0].shape[-1], ready.num_experts, ready.top_k)
+            self._predictors = Predictors(shape, inputs)
+        return self._predictors
+
 
 class Replay:
-    """One policy on a session's model: the slots live as long as this object."""
+    """One policy on a session's model: the slots live as long as this object.
 
-    def __init__(self, session: Session, core: DecisionCore, *, window: int = 2) -> None:
+    ``link_scale``: emulate a link so many times slower.
+    """
+
+    def __init__(
+        self, session: Session, core: DecisionCore, *, window: int = 2, link_scale: float = 1.0
+    ) -> None:
         ready = session.ready
         self._session = session
         self._core = core
-        self.eager = EagerEngine(ready.model, ready.modules, ready.store, core, window=window)
+        self.eager = EagerEngine(
+            ready.model, ready.modules, ready.store, core, window=window, link_scale=link_scale
+        )
         self._graphs = self._graph_engine() if session.device.type == "cuda" else None
+        if self._graphs is not None and core.policy.prefetcher is not None:
+            self.eager.predictors = session.predictors()
+            self.eager.driver.start_predictor = self.eager.predictors.start
 
     @torch.inference_mode()
     def run(self, steps: Sequence[ForcedStep]) -> Measured:

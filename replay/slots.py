@@ -6,6 +6,7 @@ from collections import deque
 
 import torch
 
+from configs.errors import UserError
 from policies.core import DecisionCore
 from policies.transfers import Copy
 from replay.cuda_driver import CopyStream
@@ -34,10 +35,17 @@ class CopyEngine:
 
     On CUDA, copies run on a stream of their own; a chunk has landed once its event is reached. On a
     CPU a chunk is there as soon as it is handed over. ``chunks``, ``nbytes``: handed over so far.
+    ``scale``: every chunk is followed by ``scale`` - 1 times its bytes into a scratch area, as if
+    the link were so much slower; CUDA only.
     """
 
     def __init__(
-        self, core: DecisionCore, store: ExpertStore, pool: SlotPool, window: int = 2
+        self,
+        core: DecisionCore,
+        store: ExpertStore,
+        pool: SlotPool,
+        window: int = 2,
+        scale: float = 1.0,
     ) -> None:
         self._core = core
         self._window = window
@@ -54,6 +62,20 @@ class CopyEngine:
         self._pool_at = pool.memory.data_ptr()
         self.chunks = 0
         self.nbytes = 0
+        self._more = scale - 1
+        self._scratch = self._scratch_area(max(core.shape.bytes_by_layer)) if scale > 1 else None
+
+    def _scratch_area(self, nbytes: int) -> torch.Tensor:
+        """As many bytes as follow the largest chunk."""
+        if not self.cuda:
+            raise UserError("--link-scale emulates a slower link on CUDA only; use --device cuda")
+        size = int(nbytes * self._more) + 1
+        if size > self._source.numel():
+            raise UserError(
+                f"--link-scale {self._more + 1:g}: the host's experts are too few for it; "
+                f"give less than {self._source.numel() // nbytes}"
+            )
+        return torch.empty(size, dtype=torch.uint8, device=self._pool.memory.device)
 
     @property
     def busy(self) -> bool:
@@ -99,4 +121,8 @@ class CopyEngine:
             return
         target = self._pool_at + slot * self._nbytes + offset
         source = self._source_at + key * self._nbytes + offset
-        self._flights.append((copy, self._copies.copy(target, source, nbytes)))
+        if self._scratch is None:
+            self._flights.append((copy, self._copies.copy(target, source, nbytes)))
+            return
+        behind = (self._scratch.data_ptr(), self._source_at, int(nbytes * self._more))
+        self._flights.append((copy, self._copies.copy(target, source, nbytes, behind)))

@@ -22,6 +22,8 @@ class CalibratedTiming(RooflineTiming):
     profile's. ``link_bytes_per_s``: another link than the measured one.
     """
 
+    provenance = "calibrated"
+
     def __init__(
         self,
         geometry: Geometry,
@@ -32,8 +34,9 @@ class CalibratedTiming(RooflineTiming):
         link_bytes_per_s: int | None = None,
     ) -> None:
         super().__init__(geometry, hardware)
-        self.provenance = f"calibrated: {times.machine}"
+        self.source = f"{times.machine}; {times.source}"
         self._own = times.policies.get(policy or "")
+        self.predictor_ns = {**self.predictor_ns, **times.predictor_ns}
         self._decode = [each for each in times.passes if each.tokens == 1]
         self._prefill = [each for each in times.passes if each.tokens > 1]
         self._hosts: dict[int, HostCosts] = {}
@@ -44,7 +47,8 @@ class CalibratedTiming(RooflineTiming):
             gap_ns=times.link.gap_ns,
         )
         self.segment_slowdown_ppm = round(times.segment_slowdown * _PPM)
-        self.experts_slowdown_ppm = round(times.experts_slowdown * _PPM)
+        self._beside_ns = times.experts_beside_ns
+        self.experts_slowdown_ppm = self.experts_ppm(1)
 
     def host_for(self, tokens: int) -> HostCosts:
         """Host costs of a pass of so many tokens."""
@@ -76,6 +80,10 @@ class CalibratedTiming(RooflineTiming):
         tokens = round(assignments / self._geometry.top_k)
         low, high, share = self._between(max(tokens, 2))
         return _mix(low.experts_ns(experts), high.experts_ns(experts), share)
+
+    def experts_ppm(self, experts: int) -> int:
+        """A launch beside copies takes a constant longer, whatever its size."""
+        return round(self._beside_ns * _PPM / max(self._decode[0].experts_ns(experts), 1))
 
     def head_ns(self, requests: int) -> int:
         """Of a decode step."""

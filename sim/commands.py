@@ -91,6 +91,10 @@ def simulate_command(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="Precision of the experts: bf16, fp8, int4 ...")
     ] = None,
+    timings: Annotated[
+        str | None,
+        typer.Option("--timings", help="File of the model's measured times on this hardware."),
+    ] = None,
     link: Annotated[
         str | None, typer.Option("--link", help="Link rate, GB/s unless a unit is given.")
     ] = None,
@@ -134,6 +138,7 @@ def simulate_command(
         link=link,
         geometry=geometry,
         dtype=dtype,
+        timings=timings,
         window=window,
         touch_order=touch_order,
         max_tokens=max_tokens,
@@ -184,14 +189,27 @@ def _print_result(result: dict[str, Any]) -> None:
             f"{values['p99']:.3f} p99"
         )
     if decode["accesses"]:
+        asked = decode["asked"]
         print(
-            f"  decode   {decode['hit_rate']:.1%} hits, {decode['late'] / decode['accesses']:.1%} "
-            f"late, {decode['misses'] / decode['accesses']:.1%} missed of {decode['accesses']}"
+            f"  decode   {decode['hit_rate']:.1%} hits, {decode['late'] / asked:.1%} "
+            f"late, {decode['misses'] / asked:.1%} missed of {asked}"
         )
+        _print_loss(result["quality"]["decode"])
         print("  a token  " + ", ".join(f"{name} {ms:.3f}" for name, ms in parts.items()) + " ms")
     print(
         f"  link     {result['h2d_bytes_per_token'] / 1e6:.1f} MB a token, "
         f"busy {result['link_busy_share']:.1%} of the time"
+    )
+
+
+def _print_loss(loss: dict[str, float | None]) -> None:
+    """What a lossy policy did not compute as the gate asked."""
+    if loss["changed_share"] is None:
+        return
+    print(
+        f"  lossy    {loss['changed_share']:.1%} of these replaced, at low bits or left out; "
+        f"of the gate weight {loss['lost_mass_share']:.1%} lost, "
+        f"{loss['low_mass_share']:.1%} at low bits"
     )
 
 

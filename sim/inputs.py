@@ -61,6 +61,7 @@ class Inputs:
     ``max_tokens``: the first rows only. ``fit_share``: share of the requests set aside for fitted
     policies; the others are judged. ``learned``: learned columns that policies read; the requests
     that trained their predictors are set aside in place of that share, where there are any.
+    ``requests``: of the rows read, those of these requests only.
 
     ``fitted_on`` and ``judged`` are the two sides, ``set_aside_for`` says why they were parted
     (None: they were not), ``notes`` what a user should be told of it.
@@ -73,6 +74,7 @@ class Inputs:
         max_tokens: int | None = None,
         fit_share: float = 0.0,
         learned: Sequence[str] = (),
+        requests: Sequence[int] | None = None,
     ) -> None:
         if max_tokens is not None and max_tokens < 1:
             raise UserError(f"--max-tokens {max_tokens}: give at least 1")
@@ -82,7 +84,10 @@ class Inputs:
         self.fit_share = fit_share
         self.max_tokens = max_tokens
         self.manifest = trace.manifest
+        self._only: npt.NDArray[np.bool_] | None = None
         self._columns = dict(trace.load(list(BASE_COLUMNS), 0, max_tokens))
+        if requests is not None:
+            self._keep_only(requests)
         present = list(dict.fromkeys(self._columns["request"].tolist()))
         trained = set().union(*(self._trained_on(name) for name in learned))
         self.fitted_on = [request for request in present if request in trained]
@@ -99,6 +104,17 @@ class Inputs:
         self._lookahead: dict[tuple[str, int, str], Ragged] = {}
         self._popularity: Any = None
         self._fit: RecordedRows | None = None
+
+    def _keep_only(self, requests: Sequence[int]) -> None:
+        present = set(self._columns["request"].tolist())
+        absent = sorted(set(requests) - present)
+        if absent or not requests:
+            raise UserError(
+                f"request {absent[0] if absent else 'none'}: the rows read have the requests "
+                f"{min(present)} to {max(present)}; choose among them"
+            )
+        self._only = np.isin(self._columns["request"], np.asarray(requests))
+        self._columns = {name: rows[self._only] for name, rows in self._columns.items()}
 
     def _part_from_trained(self, columns: str, present: int) -> None:
         """Say who was set aside for having trained ``columns``; somebody must be left to judge."""
@@ -205,7 +221,8 @@ class Inputs:
     def ensure(self, name: str) -> None:
         """Load an optional column unless it is there already."""
         if name not in self._columns:
-            self._columns[name] = np.asarray(self.trace.load([name], 0, self.max_tokens)[name])
+            rows = np.asarray(self.trace.load([name], 0, self.max_tokens)[name])
+            self._columns[name] = rows if self._only is None else rows[self._only]
 
     def recording(self, touch_order: str) -> RecordedRows:
         """The judged requests as a whole: for policies that predict in blocks."""

@@ -17,6 +17,7 @@ from configs.budget import bytes_at, low_bytes
 from configs.errors import UserError
 from configs.geometry import EXPERT_DTYPE_BITS, Geometry, load_geometry
 from configs.hardware import Hardware, load_hardware
+from configs.timings import ModelTimes, find_timings, load_timings
 from configs.units import format_bytes, parse_rate
 from policies.capacity import MemoryPlan
 from policies.core import DecisionCore
@@ -25,6 +26,7 @@ from policies.interface import Options, Policy, PolicyData, Recorded, Shape
 from policies.registry import PolicyInfo
 from policies.slots import plan_policy
 from sim.budget import MemoryBudget, describe, resolve
+from sim.calibrated import CalibratedTiming
 from sim.inputs import Inputs, learned_among
 from sim.machine import Machine
 from sim.metrics import collect
@@ -40,8 +42,9 @@ class Point(BaseModel):
 
     ``budget``: GPU memory for the whole model, such as ``8GiB``; or ``expert_budget``: the slots
     alone, ``4000MiB``, ``25%`` or ``8/layer``. ``link``: another link rate (``25GB/s``).
-    ``geometry``: a model of ``configs/models`` to time instead of the trace's own. ``window``:
-    chunks handed to the hardware at a time. ``fit_share``: share of the requests that fitted
+    ``geometry``: a model of ``configs/models`` to time instead of the trace's own. ``timings``: a
+    file of its measured times, in place of a shipped one. ``window``: chunks handed to the hardware
+    at a time. ``fit_share``: share of the requests that fitted
     policies learn from (None: 0.3 for them, 0 for others). ``learned``: learned columns whose
     training requests are set aside instead, beside those that the policy itself reads.
     """
@@ -58,6 +61,7 @@ class Point(BaseModel):
     dtype: str | None = None
     window: int = Field(default=2, ge=1, le=64)
     touch_order: str = "last-use"
+    timings: str | None = None
     max_tokens: int | None = None
     fit_share: float | None = None
     learned: tuple[str, ...] = ()
@@ -84,7 +88,7 @@ def inputs_for(trace: Any, point: Point) -> Inputs:
 
 
 #: What decisions of time-independent policies do not depend on.
-_TIMING_FIELDS = ("hardware", "link", "window")
+_TIMING_FIELDS = ("hardware", "link", "window", "timings")
 
 
 def decisions_of(point: Point) -> str:
@@ -111,7 +115,6 @@ class _Known:
     """Decisions that other points may share: those of points with equal ``decisions``."""
 
     decisions: str
-    plan: MemoryPlan
     core: DecisionCore
     tape: Tape | None = None
 
@@ -129,42 +132,132 @@ class PointRunner:
     def run(self, point: Point) -> dict[str, Any]:
         """As :func:`run_point`."""
         inputs = self.inputs
-        info = policies.get(point.policy)
-        params, options = info.parse(point.params)
-        inputs.refuse_trained(learned_among(info.all_columns(params)))
-        geometry = timed_geometry(inputs, point)
-        hardware = timed_hardware(point)
-        workload = inputs.workload(point.touch_order)
-        memory = resolve(geometry, workload, *_budgets(info, point))
-        shape = Shape(
-            layers=geometry.num_moe_layers,
-            experts=geometry.num_experts,
-            top_k=geometry.top_k,
-            bytes_by_layer=geometry.expert_bytes_by_layer,
-            low_bytes_by_layer=low_bytes(geometry, point.policy, info.low_dtype(params)),
-        )
-        timing = RooflineTiming(geometry, hardware)
+        setting = resolve_point(inputs, point)
         known = self._known
         if known is None or known.decisions != decisions_of(point):
-            data = _policy_data(info, params, inputs, point, shape, timing)
-            policy = info.build(params, data)
-            fit = inputs.fit() if info.learns(options) else None
-            plan = _plan(shape, policy, options, memory, point, fit)
-            core = DecisionCore(shape, plan, policy, options, signals=data.signals)
-            known = _Known(decisions_of(point), plan, core)
+            known = _Known(decisions_of(point), make_core(inputs, setting))
         self._known = None  # should the run break off, nothing half done is left for the next
-        measured = _measure(point, workload, known, timing)
+        measured = _measure(point, setting.workload, known, setting.timing)
         if known.tape is not None:
             self._known = known
-        return {
-            **_configuration(point, params, geometry, hardware, memory, known.plan),
-            **measured,
-            "chosen": known.core.policy.cache.facts(),
-            "notes": [*inputs.notes, *known.core.policy.notes],
-            "trace": _trace_facts(inputs),
-            "timing": timing.provenance,
-            "produced_by": produced_by(),
-        }
+        return described(inputs, setting, known.core, measured)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A point made out: what its run needs, but for the decisions."""
+
+    point: Point
+    info: PolicyInfo
+    params: dict[str, Any]
+    options: Options
+    geometry: Geometry
+    hardware: Hardware
+    workload: Workload
+    memory: MemoryBudget
+    shape: Shape
+    timing: Timing
+
+
+def resolve_point(inputs: Inputs, point: Point, *, expert_bytes: int | None = None) -> Setting:
+    """What a point's names stand for. ``expert_bytes``: of one expert as an engine lays it out.
+
+    Raises UserError or PolicyError for what a user can mend.
+    """
+    info = policies.get(point.policy)
+    params, options = info.parse(point.params)
+    inputs.refuse_trained(learned_among(info.all_columns(params)))
+    geometry = timed_geometry(inputs, point)
+    if expert_bytes is not None:
+        sizes = (expert_bytes,) * geometry.num_moe_layers
+        geometry = geometry.model_copy(update={"expert_bytes_by_layer": sizes})
+    hardware = timed_hardware(point)
+    workload = inputs.workload(point.touch_order)
+    shape = Shape(
+        layers=geometry.num_moe_layers,
+        experts=geometry.num_experts,
+        top_k=geometry.top_k,
+        bytes_by_layer=geometry.expert_bytes_by_layer,
+        low_bytes_by_layer=low_bytes(geometry, point.policy, info.low_dtype(params)),
+    )
+    return Setting(
+        point=point,
+        info=info,
+        params=params,
+        options=options,
+        geometry=geometry,
+        hardware=hardware,
+        workload=workload,
+        memory=resolve(geometry, workload, *_budgets(info, point)),
+        shape=shape,
+        timing=timing_of(point, geometry, hardware, workload),
+    )
+
+
+def timing_of(point: Point, geometry: Geometry, hardware: Hardware, workload: Workload) -> Timing:
+    """Measured times where there are any for this model on this machine, else estimated ones.
+
+    Measured are steps of one request; a workload of batches is estimated unless the point names
+    its times, which is an error then.
+    """
+    times = _measured_times(point, geometry, hardware)
+    if times is None:
+        return RooflineTiming(geometry, hardware)
+    if workload.max_batch > 1:
+        if point.timings is None:
+            return RooflineTiming(geometry, hardware)
+        raise UserError(
+            f"--timings {point.timings}: measured with one request at a time, the trace has "
+            f"{workload.max_batch} together; leave --timings out, or record with --batch-size 1"
+        )
+    link = None if point.link is None else int(hardware.link_bytes_per_s)
+    return CalibratedTiming(geometry, hardware, times, policy=point.label, link_bytes_per_s=link)
+
+
+def _measured_times(point: Point, geometry: Geometry, hardware: Hardware) -> ModelTimes | None:
+    if point.timings is None:
+        times = find_timings(point.hardware, geometry.name)
+        fits = times is not None and times.expert_dtype == geometry.expert_dtype
+        return times if fits else None
+    times = load_timings(point.timings)
+    ours = (hardware.name, geometry.name, geometry.expert_dtype)
+    theirs = (times.hardware, times.geometry, times.expert_dtype)
+    if ours != theirs:
+        raise UserError(
+            f"--timings {point.timings} is of {' '.join(theirs[1:])} on {theirs[0]}, this run of "
+            f"{' '.join(ours[1:])} on {ours[0]}: name the file of this model and machine"
+        )
+    return times
+
+
+def make_core(
+    inputs: Inputs, setting: Setting, log: list[tuple[object, ...]] | None = None
+) -> DecisionCore:
+    """The point's decisions, before the first step."""
+    point, info, shape = setting.point, setting.info, setting.shape
+    data = _policy_data(info, setting.params, inputs, point, shape, setting.timing)
+    policy = info.build(setting.params, data)
+    fit = inputs.fit() if info.learns(setting.options) else None
+    plan = _plan(shape, policy, setting.options, setting.memory, point, fit)
+    return DecisionCore(shape, plan, policy, setting.options, signals=data.signals, log=log)
+
+
+def described(
+    inputs: Inputs, setting: Setting, core: DecisionCore, measured: dict[str, Any]
+) -> dict[str, Any]:
+    """A run's metrics with what it ran on, nested, JSON-ready."""
+    point = setting.point
+    return {
+        **_configuration(
+            point, setting.params, setting.geometry, setting.hardware, setting.memory, core.plan
+        ),
+        **measured,
+        "chosen": core.policy.cache.facts(),
+        "notes": [*inputs.notes, *core.policy.notes],
+        "trace": _trace_facts(inputs),
+        "timing": setting.timing.provenance,
+        "produced_by": produced_by(),
+    }
 
 
 def _measure(point: Point, workload: Workload, known: _Known, timing: Timing) -> dict[str, Any]:

@@ -21,7 +21,7 @@ class QuietLink:
         self._link = link
         self._gpu = gpu
         self._host = timing.host
-        self._slowdown_ppm = timing.experts_slowdown_ppm
+        self._slowdown_ppm = [timing.experts_ppm(max(size, 1)) for size in range(experts + 1)]
         # One token assigned to each expert: a decode step of one request.
         self._decode_ns = [
             [timing.experts_ns(layer, size, size) for size in range(experts + 1)]
@@ -48,7 +48,7 @@ class QuietLink:
             cost = known
         host = self._host
         now += host.experts_launch_ns + (size - 1) * host.launch_each_ns
-        self._gpu.pending.append((now, cost, self._slowdown_ppm, EXPERTS))
+        self._gpu.pending.append((now, cost, self._slowdown_ppm[size], EXPERTS))
         return now
 
     def burst(

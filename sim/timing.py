@@ -95,6 +95,10 @@ class Timing(ABC):
     def combine_ns(self) -> int:
         """GPU time to add what the CPU computed."""
 
+    def experts_ppm(self, experts: int) -> int:
+        """Slowdown of a launch over so many experts while copies run, in millionths."""
+        return self.experts_slowdown_ppm
+
     def host_for(self, tokens: int) -> HostCosts:
         """Host costs of a step of so many tokens."""
         return self.host

@@ -46,10 +46,14 @@ class OddTiming(Timing):
     link_slowdown_cpu_ppm: int = 0
     predictor_ns: dict[str, int] = field(default_factory=dict)
     many_tokens: HostCosts | None = None
+    ppm_each: int = 0
     provenance = "made up"
 
     def host_for(self, tokens: int) -> HostCosts:
         return self.host if tokens == 1 or self.many_tokens is None else self.many_tokens
+
+    def experts_ppm(self, experts: int) -> int:
+        return self.experts_slowdown_ppm + self.ppm_each * experts
 
     def segment_ns(self, layer: int, tokens: int, requests: int, kv_tokens: int) -> int:
         return self.segment + layer % 2 + tokens + 2 * requests + kv_tokens // 8
@@ -300,7 +304,7 @@ def test_two_misses_through_a_window_of_two(run: Run) -> None:
 
 @MODELS
 def test_the_host_takes_time_for_each_awaited_expert_and_each_landing(run: Run) -> None:
-    # As above, but decided at 40. Handed over at 46 and 52; they land at 71 and 89. The spin from 52
+    # As above, but decided at 40. Handed over at 46 and 52; landed at 71 and 89. The spin from 52
     # ends at 71, the host goes on at 73: kernel from 76, beside the copy until 89, when 8 of its 10
     # are done, so until 91. The spin from 76 ends at 89, when the GPU is still busy; the host goes
     # on at 91: kernel 94 to 104. Head launched at 96, runs 104 to 114, read back at 118.
@@ -341,6 +345,8 @@ TIMINGS = {
     "by-size": OddTiming(
         replace(HOST, launch_each_ns=2, awaited_ns=3, landing_ns=4),
         predictor_ns=DELAYED,
+        experts_slowdown_ppm=90_000,
+        ppm_each=170_000,
         many_tokens=HostCosts(9, 8, 5, 13, 10, 41, launch_each_ns=1, awaited_ns=2, landing_ns=6),
     ),
     "fast-gpu": OddTiming(HostCosts(1, 1, 1, 1, 1, 1), segment=1, experts=1, predictor_ns=DELAYED),

@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers", reason="needs pip install 'mo
 
 from configs.errors import UserError  # noqa: E402
 from configs.geometry import list_models, load_model_config  # noqa: E402
-from tests.published import transformers_config  # noqa: E402
+from replay.published import transformers_config  # noqa: E402
 from tests.tiny_models import CONFIGS, END, VOCABULARY, build, save  # noqa: E402
 from tracer.load_model import load_model  # noqa: E402
 from tracer.modelinfo import expert_norms, expert_parts, model_geometry  # noqa: E402

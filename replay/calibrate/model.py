@@ -8,7 +8,6 @@ policy under test and no point that is judged later takes part.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
@@ -22,10 +21,11 @@ from configs.timings import ExpertsTime, HostTimes, LinkTimes, Pass
 from policies.capacity import plan_memory
 from policies.core import DecisionCore
 from policies.interface import PolicyData, Shape
+from replay.breakdown import Marks
 from replay.calibrate.rig import CalibrationError
 from replay.cuda_driver import CopyStream
 from replay.ledger import COPY, DECIDE, EXPERTS, GPU, ISSUE, SEGMENT, STEP
-from replay.play import ForcedStep, Measured, Replay, Session
+from replay.play import ForcedStep, Replay, Session
 from replay.slots import SlotPool
 
 if TYPE_CHECKING:
@@ -42,30 +42,20 @@ _TRAIN = 40  # copies back to back
 _REPEATS = 30
 
 
-@dataclass(frozen=True)
-class Marks:
-    """A run's ledger as arrays; ``step`` is -1 before the first."""
+class Run(Marks):
+    """A calibration run's marks, the first steps apart: caches fill, clocks rise."""
 
-    duration: Ints
-    end: Ints
-    kind: Ints
-    layer: Ints
-    count: Ints
-    step: Ints
-    settling: int
-
-    @classmethod
-    def of(cls, measured: Measured, settling: int = _SETTLING) -> Marks:
-        """The marks of a run, each with the step it belongs to."""
-        table = np.array(measured.marks, np.int64)
-        end, kind, layer, count = table.T
-        # The mark that ends where a step begins is the last of what was before.
-        step = np.searchsorted(np.array(measured.times.begin), end, side="left") - 1
-        return cls(np.diff(end, prepend=end[0]), end, kind, layer, count, step, settling)
+    settling: int = _SETTLING
 
     def settled(self, kind: int) -> npt.NDArray[np.bool_]:
         """Marks of a kind, without those of the first steps."""
         return (self.kind == kind) & (self.step >= self.settling)
+
+
+class PrefillRun(Run):
+    """Of prefills: the first ones bring the experts in, compile and allocate."""
+
+    settling = _PREFILLS // 2
 
 
 def _median(values: Ints) -> int:
@@ -138,15 +128,15 @@ class ModelRig:
             experts=tuple(experts),
         )
 
-    def _run_decode(self, misses: int) -> Marks:
+    def _run_decode(self, misses: int) -> Run:
         shape = self.shape
         slots = shape.experts if misses == 0 else min(2 * shape.top_k, shape.experts // 2)
         core = _core(shape, "lru", slots)
-        return Marks.of(
+        return Run.of(
             Replay(self.session, core).run(list(routing(shape, DECODE_STEPS, misses, slots)))
         )
 
-    def _decode_host(self, runs: dict[int, Marks]) -> HostTimes:
+    def _decode_host(self, runs: dict[int, Run]) -> HostTimes:
         resident, all_missed = runs[0], runs[self.shape.top_k]
         decisions = {n: _median(run.duration[run.settled(DECIDE)]) for n, run in runs.items()}
         idle = _median(resident.duration[resident.settled(ISSUE)])
@@ -165,7 +155,7 @@ class ModelRig:
             landing_ns=self._landing_ns(runs[1], launch),
         )
 
-    def _landing_ns(self, run: Marks, launch_ns: int) -> int:
+    def _landing_ns(self, run: Run, launch_ns: int) -> int:
         """From the end of an event's one copy to the end of its launch, less a usual launch.
 
         The copy began as its hand-over ended; the others' launch comes before the wait.
@@ -176,7 +166,7 @@ class ModelRig:
         since = run.end[waits + 1] - run.end[waits - 2]
         return max(_median(since) - copy_ns - launch_ns, 0)
 
-    def _chain(self, resident: Marks, experts_ns: int) -> dict[str, Any]:
+    def _chain(self, resident: Run, experts_ns: int) -> dict[str, Any]:
         """Segments and head: what the host waits for, less the experts before and the readback."""
         layers = self.shape.layers
         waited = [self._waited(resident, layer) for layer in range(layers + 1)]
@@ -186,7 +176,7 @@ class ModelRig:
         return {"segment_ns": tuple(segments[:layers]), "head_ns": segments[layers]}
 
     @staticmethod
-    def _waited(run: Marks, layer: int) -> int:
+    def _waited(run: Run, layer: int) -> int:
         """From the experts' launch to the next gate being known."""
         waits = np.flatnonzero(run.settled(GPU) & (run.layer == layer))
         return _median(run.duration[waits] + run.duration[waits - 1])
@@ -210,8 +200,8 @@ class ModelRig:
         ]
 
     @cached_property
-    def slowdowns(self) -> tuple[float, float]:
-        """By how much segments, and experts' launches, take longer while copies run: fractions."""
+    def beside_copies(self) -> tuple[float, int]:
+        """What copies beside it do to a segment (a fraction) and to a launch of experts (ns)."""
         shape, session = self.shape, self.session
         captured = session.captured()
         pool = SlotPool(session.ready.layout, 4 * shape.top_k, session.device)
@@ -225,9 +215,11 @@ class ModelRig:
         def experts(repeat: int) -> None:
             launches.launch(repeat % shape.layers, 0, names[repeat % 2])
 
-        return self._slowdown(segment, traffic), self._slowdown(experts, traffic)
+        plain, more = self._beside(segment, traffic)
+        return max(more / max(plain, 1), 0.0), max(self._beside(experts, traffic)[1], 0)
 
-    def _slowdown(self, launch: Callable[[int], None], traffic: Traffic) -> float:
+    def _beside(self, launch: Callable[[int], None], traffic: Traffic) -> tuple[int, int]:
+        """GPU time alone, and how much longer it takes beside copies."""
         alone, beside = [], []
         for repeat in range(_REPEATS):
             alone.append(_until_done(lambda: launch(repeat)))  # noqa: B023 - runs at once
@@ -237,8 +229,7 @@ class ModelRig:
         if traffic.ended():
             raise CalibrationError("copies ended before the work beside them")
         traffic.finish()
-        plain = self._gpu_ns(alone)
-        return max(self._gpu_ns(beside) / max(plain, 1) - 1, 0.0)
+        return self._gpu_ns(alone), self._gpu_ns(beside) - self._gpu_ns(alone)
 
     def _gpu_ns(self, seen: list[int]) -> int:
         return max(_median(np.array(seen)) - self.readback_ns, 0)
@@ -284,7 +275,7 @@ class ModelRig:
             experts=tuple(self._tiles_alone(tokens)),
         )
 
-    def _run_prefill(self, policy: str, slots: int, tokens: int) -> Marks:
+    def _run_prefill(self, policy: str, slots: int, tokens: int) -> Run:
         """The first passes bring the experts in, compile and allocate: they are left out."""
         text = np.arange(tokens) % 97 + 11
         steps = [
@@ -294,7 +285,7 @@ class ModelRig:
             for index in range(_PREFILLS)
         ]
         measured = Replay(self.session, _core(self.shape, policy, slots)).run(steps)
-        return Marks.of(measured, settling=_PREFILLS // 2)
+        return PrefillRun.of(measured)
 
     def _tiles_alone(self, tokens: int) -> list[ExpertsTime]:
         """Launches over some and over all experts of an event of a prefill, on an idle GPU."""

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import transformers
 
-from tests.published import transformers_config
+from replay.published import transformers_config
 from tracer.columns import DECODE
 from tracer.modelinfo import describe_model
 from tracer.tap import RoutingTap

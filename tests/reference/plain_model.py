@@ -294,7 +294,8 @@ class PlainModel:
         more_ns = self.host.launch_each_ns * (len(group) - 1)
         yield self._host_event(self.host.experts_launch_ns + more_ns)
         nominal_ns = self.experts_ns(layer, len(group), assignments)
-        self.gpu.submit(nominal_ns, self.timing.experts_slowdown_ppm, self.result.experts)
+        slowdown_ppm = self.timing.experts_ppm(len(group))
+        self.gpu.submit(nominal_ns, slowdown_ppm, self.result.experts)
 
     def _submit_segment(self, nominal_ns: int) -> Steps:
         yield self._host_event(self.host.segment_launch_ns)

@@ -1,0 +1,131 @@
+"""Gaps between prediction and measurement, the noise beside them, and whether the ranking held."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from configs.timings import ModelTimes
+from replay.validation.run import Judged
+
+LEAST_DIFFERENCE = 0.03
+"""Pairs of policies whose measured times are nearer than this, or twice the noise, are ties."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """One figure: predicted, the median measurement, and the spread of the measurements."""
+
+    predicted: float
+    measured: float
+    spread: float
+
+    @property
+    def error(self) -> float:
+        """Relative to the measurement."""
+        return self.predicted / self.measured - 1 if self.measured else float("nan")
+
+
+def gap(judged: Judged, *path: str) -> Gap | None:
+    """A figure's gap; None where the trace has none of it. Spread: (max - min) / median."""
+    predicted = _value(judged.predicted, path)
+    measured = [_value(result, path) for result in judged.measured]
+    values = [value for value in measured if value is not None]
+    if predicted is None or not values:
+        return None
+    middle = float(np.median(values))
+    spread = (max(values) - min(values)) / middle if middle else 0.0
+    return Gap(predicted, middle, spread)
+
+
+def _value(result: dict[str, Any], path: Sequence[str]) -> float | None:
+    value: Any = result
+    for key in path:
+        value = value[key]
+    return None if value is None else float(value)
+
+
+def stall_gap(judged: Judged) -> Gap:
+    """Exposed stall, ms a decode step: late and missed together."""
+
+    def of(result: dict[str, Any]) -> float:
+        parts = result["breakdown_ms"]
+        return float(parts["stall_late"] + parts["stall_miss"])
+
+    values = [of(result) for result in judged.measured]
+    middle = float(np.median(values))
+    return Gap(
+        of(judged.predicted), middle, (max(values) - min(values)) / middle if middle else 0.0
+    )
+
+
+def naive_ms(judged: Judged, times: ModelTimes, resident_ms: float, expert_bytes: int) -> float:
+    """The estimate to beat: resident + bytes / bandwidth + c x misses, from the same calibration.
+
+    Misses and bytes of decode steps are the simulator's; c is what the host does for each.
+    """
+    decode = judged.predicted["decode"]
+    tokens = judged.predicted["tokens"]["decode"]
+    copies = (decode["misses"] + decode["late"]) / tokens
+    host = times.passes[0].host
+    each = host.awaited_ns + host.copy_issue_ns + host.landing_ns + host.experts_launch_ns
+    rate = times.link.bytes_per_s / judged.cell.link_scale
+    return resident_ms + copies * (expert_bytes / rate * 1e3 + each / 1e6)
+
+
+def paired_errors(judged: Judged) -> dict[str, float]:
+    """Absolute relative error of single steps: the median and the 90th percentile."""
+    measured = np.median([result["step_ms"] for result in judged.measured], axis=0)
+    errors = np.abs(np.array(judged.predicted["step_ms"]) / measured - 1)
+    return {"p50": float(np.median(errors)), "p90": float(np.percentile(errors, 90))}
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Of the policies at one budget and link. ``tau``: None where all pairs are ties."""
+
+    budget: str
+    link_scale: float
+    pairs: int
+    agreed: int
+    tau: float | None
+    picked: str
+    best: str
+    regret: float
+
+
+def rankings(all_judged: Sequence[Judged]) -> list[Ranking]:
+    """One for each budget and link with two policies or more."""
+    groups: dict[tuple[str, float], list[Judged]] = {}
+    for each in all_judged:
+        key = (str(each.cell.point.expert_budget), each.cell.link_scale)
+        groups.setdefault(key, []).append(each)
+    return [_rank(budget, scale, group) for (budget, scale), group in groups.items() if group[1:]]
+
+
+def _rank(budget: str, scale: float, group: list[Judged]) -> Ranking:
+    gaps = [(each.cell.point.label, gap(each, "itl_ms", "mean")) for each in group]
+    known = [(label, found) for label, found in gaps if found is not None]
+    pairs = agreed = 0
+    for (_, one), (_, other) in combinations(known, 2):
+        apart = abs(one.measured / other.measured - 1)
+        if apart <= max(LEAST_DIFFERENCE, 2 * max(one.spread, other.spread)):
+            continue
+        pairs += 1
+        agreed += (one.measured < other.measured) == (one.predicted < other.predicted)
+    picked = min(known, key=lambda item: item[1].predicted)
+    best = min(known, key=lambda item: item[1].measured)
+    return Ranking(
+        budget=budget,
+        link_scale=scale,
+        pairs=pairs,
+        agreed=agreed,
+        tau=(2 * agreed - pairs) / pairs if pairs else None,
+        picked=picked[0],
+        best=best[0],
+        regret=picked[1].measured / best[1].measured - 1,
+    )

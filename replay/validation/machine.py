@@ -1,0 +1,108 @@
+"""Times of the machine at hand, measured before anything is predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from time import perf_counter_ns
+
+import numpy as np
+
+from configs.hardware import Hardware
+from configs.timings import LinkTimes, ModelTimes, PolicyTimes
+from policies.interface import Prediction
+from replay.breakdown import Marks
+from replay.calibrate.model import ModelRig
+from replay.ledger import DECIDE, ISSUE
+from replay.play import Session
+from replay.point import Replayed, replay_point
+from replay.predictors import LEARNED, NEXT_GATE
+from sim.inputs import Inputs
+from sim.point import Point
+
+_REPEATS = 30
+
+
+def model_times(
+    session: Session,
+    hardware: Hardware,
+    geometry: str,
+    expert_dtype: str,
+    prefill_tokens: Sequence[int],
+    machine: str,
+    source: str,
+) -> ModelTimes:
+    """Segments, experts, host, link and predictors of a session's model."""
+    rig = ModelRig(session, int(hardware.readback_ns))
+    segment_slowdown, experts_beside_ns = rig.beside_copies
+    sizes = sorted(set(prefill_tokens) - {1})
+    return ModelTimes(
+        hardware=hardware.name,
+        geometry=geometry,
+        expert_dtype=expert_dtype,
+        machine=machine,
+        source=source,
+        passes=(rig.decode, *(rig.prefill(tokens) for tokens in sizes)),
+        link=rig.link,
+        segment_slowdown=segment_slowdown,
+        experts_beside_ns=experts_beside_ns,
+        predictor_ns=predictor_times(session),
+    )
+
+
+def predictor_times(session: Session) -> dict[str, int]:
+    """From a predictor's start to the host knowing that it has ended, ns.
+
+    A map search is the policy's own work on the host: it is in the policy's decision time.
+    """
+    predictors = session.predictors()
+    found = {"map_search": 0}
+    for source in (NEXT_GATE, LEARNED):
+        times = []
+        for repeat in range(_REPEATS):
+            layer = repeat % len(session.ready.modules)
+            ready = predictors.start(Prediction(source, 0, layer, []), layer)
+            began = perf_counter_ns()
+            while not ready():
+                pass
+            times.append(perf_counter_ns() - began)
+        found[source] = round(float(np.median(times)))
+    return found
+
+
+def policy_times(
+    session: Session, inputs: Inputs, points: Sequence[Point]
+) -> Iterator[tuple[str, PolicyTimes]]:
+    """Host time of each policy's decisions, from a run on requests that are not judged."""
+    for point in points:
+        yield point.label, host_times(replay_point(session, inputs, point))
+
+
+def host_times(run: Replayed) -> PolicyTimes:
+    """A line through decision times by experts awaited, and the time to hand a chunk over."""
+    marks = Marks.of(run.measured)
+    phases = np.array([step.prefill_tokens == 0 for step in run.setting.workload.steps()])
+    decode = (marks.step >= 0) & phases[np.maximum(marks.step, 0)]
+    decided = decode & (marks.kind == DECIDE)
+    counts, times = marks.count[decided], marks.duration[decided]
+    handed = decode & (marks.kind == ISSUE) & (marks.count > 0)
+    idle = decode & (marks.kind == ISSUE) & (marks.count == 0)
+    # Means: what is rare and long costs as much as it takes.
+    slope, level = np.polyfit(counts, times, 1) if len(set(counts)) > 1 else (0.0, times.mean())
+    refill = float(marks.duration[idle].mean()) if idle.any() else 0.0
+    issue = float((marks.duration[handed] / marks.count[handed]).mean()) if handed.any() else 0.0
+    return PolicyTimes(
+        decision_ns=max(round(float(level) + refill), 0),
+        awaited_ns=max(round(float(slope)), 0),
+        copy_issue_ns=round(issue),
+    )
+
+
+def scaled(link: LinkTimes, scale: float) -> LinkTimes:
+    """A link that is emulated ``scale`` times slower: each chunk is followed by another copy."""
+    if scale == 1:
+        return link
+    return LinkTimes(
+        bytes_per_s=round(link.bytes_per_s / scale),
+        startup_ns=link.startup_ns + link.gap_ns,
+        gap_ns=2 * link.gap_ns,
+    )

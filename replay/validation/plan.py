@@ -1,0 +1,93 @@
+"""What is validated: a YAML file, so that a set of points can be fixed before it is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from configs.load import find, read_yaml
+from sim.point import Point
+from sim.sweeps import PolicyChoice
+
+
+class ValidationPlan(BaseModel):
+    """``geometry`` (random weights of its shapes) or ``model`` (a checkpoint), driven by ``trace``.
+
+    ``requests``: those that are judged. ``calibration_requests``: others, on which each policy's
+    host time is measured at ``calibration_budget``, which is none of ``budgets``. ``link_scales``:
+    1, and emulated slower links. ``prefill_tokens``: sizes of prefill to calibrate.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1)
+    geometry: str | None = None
+    model: str | None = None
+    trace: str
+    hardware: str
+    requests: tuple[int, ...] = Field(min_length=1)
+    calibration_requests: tuple[int, ...] = Field(min_length=1)
+    calibration_budget: str = "37.5%"
+    prefill_tokens: tuple[int, ...] = (8, 64)
+    policies: tuple[PolicyChoice, ...] = Field(min_length=1)
+    budgets: tuple[str, ...] = Field(min_length=1)
+    link_scales: tuple[float, ...] = (1.0,)
+    repeats: int = Field(default=3, ge=1, le=20)
+    fit_share: float | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.geometry is None) == (self.model is None):
+            raise ValueError("give geometry or model, one of them")
+        both = set(self.requests) & set(self.calibration_requests)
+        if both:
+            raise ValueError(f"request {min(both)} is judged and calibrated on: choose one")
+        if self.calibration_budget in self.budgets:
+            raise ValueError(f"calibration_budget {self.calibration_budget} is a judged budget")
+        if any(scale < 1 for scale in self.link_scales):
+            raise ValueError(
+                "link_scales: a link can be emulated slower, not faster; give 1 or more"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point and the emulated link it is judged on."""
+
+    point: Point
+    link_scale: float
+
+    @property
+    def label(self) -> str:
+        """For tables."""
+        return f"{self.point.label} {self.point.expert_budget} x{self.link_scale:g}"
+
+
+def load_plan(name_or_path: str | Path) -> ValidationPlan:
+    """A shipped plan by name, or a file. Raises UserError naming file, field and value."""
+    return read_yaml(ValidationPlan, find(name_or_path, "validation", "validation plan"))
+
+
+def cells_of(plan: ValidationPlan) -> Iterator[Cell]:
+    """All points, policy by policy."""
+    for choice in plan.policies:
+        for budget in plan.budgets:
+            for scale in plan.link_scales:
+                yield Cell(point_of(plan, choice, budget), scale)
+
+
+def point_of(plan: ValidationPlan, choice: PolicyChoice, budget: str) -> Point:
+    """The simulator's name for a point."""
+    return Point(
+        policy=choice.name,
+        params=choice.set,
+        hardware=plan.hardware,
+        geometry=plan.geometry,
+        expert_budget=budget,
+        fit_share=plan.fit_share,
+    )
