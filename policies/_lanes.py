@@ -19,12 +19,19 @@ _GPU_TOLL = 0.05
 _CPU_DUTY = 0.5
 #: of the chunk on the wire, what is left on average
 _LEFT = 0.5
+#: weight of an event in the running mean of what a miss costs
+_NEW = 0.02
+#: of the delays and copies counted so far, kept at the next event with misses
+_KEPT = 0.99
+#: copies that the first guess of their charge counts for
+_PRIOR = 3.0
 
 
 class SoonestSplit(MissRule):
     """Copies what has fewest chunks left, most tokens, most worth, in this order; the CPU the rest.
 
-    Experts under way are shared out too: where the CPU is sooner, their copies go on unawaited.
+    Experts under way are shared out too: where the CPU is sooner, their copies go on unawaited. A
+    copy is credited with the hits that its slot gains, as far as they save another copy's charge.
     """
 
     takes_late = True
@@ -46,30 +53,65 @@ class SoonestSplit(MissRule):
         self._chunk_ns = [costs.copy_ns(2 * part) - costs.copy_ns(part) for part in parts]
         self._startup_ns = costs.copy_ns(parts[0]) - self._chunk_ns[0]
         self._gpu_ns = [costs.gpu_experts_ns(layer, 1, 1) for layer in range(len(parts))]
-        self._known: dict[tuple[int, int, int, bool, tuple[int, ...]], int] = {}
         self._cpu_ns: dict[tuple[int, int, int], int] = {}
-        self._hits_to_pay = [self._to_pay(layer) for layer in range(len(parts))]
+        self._known: dict[tuple[object, ...], tuple[int, float, float]] = {}
+        self._cpu_slower = costs.cpu_slowdown_ppm / _PPM if self._with_cpu else 0.0
+        self._link_slower = costs.link_slowdown_cpu_ppm / _PPM if self._with_cpu else 0.0
+        self._copy_ns = [chunks * chunk * (1 + self._link_slower) for chunk in self._chunk_ns]
+        charge = _GPU_TOLL + _CPU_DUTY * self._cpu_slower
+        self._charge_ns = [copy * charge for copy in self._copy_ns]
+        self._saved_ns = self._first_saved_ns()
+        self._delay_ns = self._started = 0.0
+        self._started_before = 0
         #: misses of the event in progress that the CPU computes
         self.taken: list[int] = []
 
+    def _first_saved_ns(self) -> float:
+        """What a miss costs with link and CPU together, until some have been seen."""
+        link = self._copy_ns[0]
+        if not self._with_cpu:
+            return link
+        one, two = (self._on_cpu_ns(0, number, number, True) for number in (1, 2))
+        return 1 / (1 / max(two - one, 1.0) + 1 / max(link, 1.0))
+
     def on_misses(self, layer: int, misses: Keys, tokens: Mapping[int, int]) -> Collection[int]:
         """Those that are sooner there on the CPU; their queued copies are taken back."""
+        left, flying, others = self._under_way(misses)
         if not self._with_cpu:
+            self._book_delay((others - _LEFT) * self._chunk_ns[layer] if others else 0.0)
             return ()
-        copies, worth = self.core.copies, self._cache.decayed_use
-        left = dict.fromkeys(misses, self._chunks)
-        for key in misses:
-            copy = copies.get(key)
-            if copy is not None:
-                left[key] = copy.chunks - copy.sent
+        worth = self._cache.decayed_use
         order = sorted(misses, key=lambda key: (left[key], -tokens.get(key, 1), -worth(key), key))
         hits = max(len(tokens) or self._shape.top_k, len(order)) - len(order)
         room = self._slots[layer] - hits
         counts = [tokens.get(key, 1) for key in order]
-        copied = self._copied(layer, room, [left[key] for key in order], counts)
+        chunks = [left[key] for key in order]
+        credits = self._credits(layer, order[: max(room, 0)])
+        event = (layer, min(room, len(order)), tuple(chunks), tuple(counts), tuple(credits))
+        low = bool(self.core.queue.low)
+        copied, took, net = self._best(*event, flying, flying > 0 or low)
+        self._saved_ns += _NEW * (took / len(order) - self._saved_ns)
+        delay = 0.0
+        if others or low:
+            needed = flying - others
+            delay = net - self._best(*event, needed, needed > 0)[2]
+        self._book_delay(delay)
         self.taken = order[copied:]
         self._leave_to_cpu(self.taken)
         return self.taken
+
+    def _under_way(self, misses: Keys) -> tuple[dict[int, int], int, int]:
+        """Chunks left of each miss; chunks handed over, not landed: all, and of other experts."""
+        left = dict.fromkeys(misses, self._chunks)
+        flying = others = 0
+        for key, copy in self.core.copies.items():
+            chunks = copy.sent - copy.landed
+            flying += chunks
+            if key in left:
+                left[key] = copy.chunks - copy.sent
+            else:
+                others += chunks
+        return left, flying, others
 
     def _leave_to_cpu(self, keys: Keys) -> None:
         """Nobody waits for their copies any longer."""
@@ -79,52 +121,84 @@ class SoonestSplit(MissRule):
         if under_way:
             core.reprioritise(dict.fromkeys(under_way, 0.0))
 
-    def _copied(self, layer: int, room: int, left: list[int], counts: list[int]) -> int:
-        """How many to copy, in order, of so many chunks to hand over and so many tokens each.
+    def _credits(self, layer: int, keys: Keys) -> list[bool]:
+        """Whether each of ``keys``, copied now in turn, saves another copy's charge.
 
-        ``room``: slots for them beside the event's hits.
+        So it does if the hits that it brings, less those of who leaves for it, are worth half of
+        what it would be charged for if it were brought in behind.
         """
-        core = self.core
-        flying = sum([copy.sent - copy.landed for copy in core.copies.values()])
-        busy = flying > 0 or bool(core.queue.low)
+        renewed, least = self._cache.renewed, self._charge_ns[layer] / self._saved_ns / 2
+        prices = self._cache.prices(layer, ())
+        return [renewed(key) - next(prices) > least for key in keys]
+
+    def _best(
+        self,
+        layer: int,
+        room: int,
+        left: tuple[int, ...],
+        counts: tuple[int, ...],
+        credits: tuple[bool, ...],
+        flying: int,
+        busy: bool,
+    ) -> tuple[int, float, float]:
+        """:meth:`_soonest`, remembered for events of one token."""
         if sum(counts) > len(counts):
-            return self._soonest(layer, room, flying, busy, left, counts)
-        kind = (layer, min(room, len(left)), flying, busy, tuple(left))
+            return self._soonest(layer, room, left, counts, credits, flying, busy)
+        kind = (layer, room, left, credits, flying, busy)
         known = self._known.get(kind)
         if known is None:
-            known = self._known[kind] = self._soonest(layer, room, flying, busy, left, counts)
+            known = self._soonest(layer, room, left, counts, credits, flying, busy)
+            self._known[kind] = known
         return known
 
     def _soonest(
-        self, layer: int, room: int, flying: int, busy: bool, left: list[int], counts: list[int]
-    ) -> int:
-        """Try every number; ties: the most copies. ``flying``: chunks handed over, not landed.
+        self,
+        layer: int,
+        room: int,
+        left: tuple[int, ...],
+        counts: tuple[int, ...],
+        credits: tuple[bool, ...],
+        flying: int,
+        busy: bool,
+    ) -> tuple[int, float, float]:
+        """Try every number of copies; ties: the most. Returns it, its time, and less its credits.
 
-        The CPU works beside the first wave alone: what finds no room there is copied afterwards.
+        In order of copying: chunks ``left`` to hand over, tokens, credits. ``room``: slots for
+        copies beside the event's hits; ``flying``: chunks handed over, not landed; ``busy``: copies
+        run beside the CPU even if none is added. The CPU works beside the first wave alone: what
+        finds no room there is copied afterwards.
         """
         waiting = flying - _LEFT if flying else 0.0
         startup = 0 if flying else self._startup_ns
-        gpu, chunk = self._gpu_ns[layer], self._chunk_ns[layer]
-        beside = self._beside_ns(layer)
+        gpu, chunk, slower = self._gpu_ns[layer], self._chunk_ns[layer], self._link_slower
+        charge = self._charge_ns[layer]
         experts, rest = len(left), sum(counts)
         first = handed = 0
-        best, best_ns = 0, float("inf")
+        credit = 0.0
+        best, best_ns, best_net = 0, 0.0, float("inf")
         for copied in range(experts + 1):
             if copied:
                 rest -= counts[copied - 1]
                 handed += left[copied - 1]
-                first = handed if copied <= room else first
-            cpu = link = 0.0
-            if copied and room > 0:
-                wire = beside if copied < experts else chunk
-                link = startup + (waiting + first) * wire + gpu
+                if copied <= room:
+                    first = handed
+                    credit += charge if credits[copied - 1] else 0.0
+            cpu = link = soonest = 0.0
             if copied < experts:
-                cpu = self._on_cpu_ns(layer, experts - copied, rest, busy or copied > 0) + gpu
-            waves = -(-max(copied - max(room, 0), 0) // self._slots[layer])
-            soonest = max(link, cpu) + (handed - first) * chunk + waves * (startup + gpu)
-            if soonest <= best_ns:
-                best, best_ns = copied, soonest
-        return best
+                cpu = self._on_cpu_ns(layer, experts - copied, rest, busy or copied > 0)
+                soonest = cpu + gpu
+            if copied and room > 0:
+                link = startup + (waiting + first) * chunk
+                # Copies take longer beside the CPU, as long as it works.
+                link += min(link, cpu / (1 + slower)) * slower + gpu
+                soonest = max(soonest, link)
+            beyond = copied - max(room, 0)
+            if beyond > 0:
+                waves = -(-beyond // self._slots[layer])
+                soonest += (handed - first) * chunk + waves * (startup + gpu)
+            if soonest - credit <= best_net:
+                best, best_ns, best_net = copied, soonest, soonest - credit
+        return best, best_ns, best_net
 
     def _on_cpu_ns(self, layer: int, experts: int, tokens: int, busy: bool) -> float:
         """A group on the CPU; beside copies where the link is ``busy``."""
@@ -132,21 +206,17 @@ class SoonestSplit(MissRule):
         if alone is None:
             alone = self._costs.cpu_experts_ns(layer, experts, tokens)
             self._cpu_ns[layer, experts, tokens] = alone
-        return alone * (1 + self._costs.cpu_slowdown_ppm / _PPM) if busy else alone
+        return alone * (1 + self._cpu_slower) if busy else alone
+
+    def _book_delay(self, delay_ns: float) -> None:
+        """By how much copies that the event has no need of have delayed it."""
+        started = self.core.tally.prefetch_started
+        self._delay_ns = self._delay_ns * _KEPT + max(delay_ns, 0.0)
+        self._started = self._started * _KEPT + started - self._started_before
+        self._started_before = started
 
     def hits_to_pay(self, layer: int) -> float:
-        """Hits that a copy on an otherwise idle link must bring to be worth what it slows down."""
-        return self._hits_to_pay[layer]
-
-    def _to_pay(self, layer: int) -> float:
-        """What the copy slows down, over what a miss costs with link and CPU together."""
-        link = self._chunks * self._beside_ns(layer)
-        if not self._with_cpu:
-            return _GPU_TOLL
-        one, two = (self._on_cpu_ns(layer, number, number, True) for number in (1, 2))
-        saved = 1 / (1 / max(two - one, 1.0) + 1 / max(link, 1.0))
-        return link * (_GPU_TOLL + _CPU_DUTY * self._costs.cpu_slowdown_ppm / _PPM) / saved
-
-    def _beside_ns(self, layer: int) -> float:
-        """A chunk more on the link while the CPU computes."""
-        return self._chunk_ns[layer] * (1 + self._costs.link_slowdown_cpu_ppm / _PPM)
+        """Hits that a copy at LOW must bring to be worth what it slows down and delays."""
+        first = self._charge_ns[layer]
+        delay = (self._delay_ns + _PRIOR * first) / (self._started + _PRIOR)
+        return (max(delay, first) + _GPU_TOLL * self._copy_ns[layer]) / self._saved_ns

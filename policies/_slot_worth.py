@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Collection, Iterator
-from itertools import repeat
+from itertools import chain, repeat
 from math import inf
 from typing import Any
 
@@ -25,8 +25,8 @@ Ints = npt.NDArray[np.int64]
 PROBS = "gate_probs"
 #: events of a layer in which a use loses half its weight; short is recency, long is frequency
 HALF_LIVES = (1.0, 4.0, 8.0, 16.0, 64.0)
-#: the half-life that expected hits are read from, and the one to begin with
-_READ = 2
+#: the half-life to begin with
+_FIRST = 2
 _DECAY = np.exp2(-1 / np.array(HALF_LIVES))[:, None]
 #: share of the gate's probabilities in a use; the rest is whether the expert ran
 _SOFT = 0.5
@@ -38,9 +38,17 @@ _STAYS = 1e6
 _SHADOW_MEMORY = 0.998
 #: another half-life must have missed this much less to be taken
 _LEAD = 0.98
-#: events of a layer in which the weight of a coming hit halves: about as long as a slot is kept
-_HORIZON = 3.0
-_DISCOUNT = float(np.exp2(-1 / _HORIZON))
+#: events of a layer in which the weight of a coming hit halves, short to long, and for each the
+#: half-life of the uses that it is read from
+HORIZONS = (3.0, 12.0, 48.0)
+_READ = (2, 3, 4)
+_READ_ROWS = slice(_READ[0], _READ[-1] + 1)
+_DISCOUNT = np.exp2(-1 / np.array(HORIZONS))[:, None]
+_HORIZON_ROWS = np.arange(len(HORIZONS))[:, None]
+#: events of a layer that slots must have been kept on average for the second and third horizon
+_KEPT = (120.0, 480.0)
+#: events of a layer after which evictions counted so far count half
+_LIFE_MEMORY = 64
 #: classes of decayed use, half an octave each
 _CLASSES = 24
 _CENTRES = np.exp2((np.arange(_CLASSES) - 12) / 2)
@@ -58,20 +66,24 @@ class ComingHits:
     """
 
     def __init__(self) -> None:
-        self.of_class: Floats = _CENTRES / 2
-        self._examples = np.full(_CLASSES, _PRIOR)
+        # As of a steady use: decayed uses are what it has brought, hits what it will bring.
+        steady = (1 - _DECAY[list(_READ)]) / (1 - _DISCOUNT)
+        self.of_class: Floats = _CENTRES * steady
+        self._examples = np.full((len(HORIZONS), _CLASSES), _PRIOR)
 
     @staticmethod
     def classes(use: Floats) -> Ints:
-        """Class of each decayed use, int [E]."""
+        """Class of each decayed use, of any shape."""
         return np.asarray(_EDGES.searchsorted(use, side="right"), np.int64)
 
     def learn(self, before: Ints, used: list[int], after: Ints) -> None:
-        """An event of a layer: classes before and after it, int [E], and who was used in it."""
-        target = _DISCOUNT * self.of_class[after]
-        target[used] += 1.0
-        count = np.bincount(before, minlength=_CLASSES)
-        total = np.bincount(before, target, minlength=_CLASSES)
+        """An event of a layer: classes before and after it, int [horizons, E], and who was used."""
+        target = _DISCOUNT * self.of_class[_HORIZON_ROWS, after]
+        target[:, used] += 1.0
+        flat = (before + _HORIZON_ROWS * _CLASSES).ravel()
+        size = self.of_class.size
+        count = np.bincount(flat, minlength=size).reshape(self.of_class.shape)
+        total = np.bincount(flat, target.ravel(), minlength=size).reshape(self.of_class.shape)
         self._examples += count
         self.of_class += (total - count * self.of_class) / self._examples
         np.minimum(self._examples, _MEMORY, out=self._examples)
@@ -87,7 +99,7 @@ class Shadows:
         self._held = {layer: np.zeros(size, bool) for layer in chosen}
         self._slots = slots_by_layer
         self._misses = np.zeros(len(HALF_LIVES))
-        self.best = _READ
+        self.best = _FIRST
 
     def __contains__(self, layer: int) -> bool:
         return layer in self._held
@@ -139,8 +151,10 @@ class SlotWorth(CacheRule):
         self._shadows = Shadows(shape.layers, shape.experts, self._slots)
         self._coming = ComingHits()
         self._elsewhere: Keys = ()
-        self._hits: list[float] = self._coming.of_class.tolist()
         self._read = [0.0] * shape.keys
+        self._horizon = len(HORIZONS) - 1
+        self._hits: list[float] = self._coming.of_class[self._horizon].tolist()
+        self._events = self._evictions = 0.0
 
     def computed_elsewhere(self, keys: Keys) -> None:
         """The event about to be told also needs ``keys``, which the CPU computes."""
@@ -153,17 +167,37 @@ class SlotWorth(CacheRule):
         self._elsewhere = ()
         use = self._use[layer]
         shadowed = layer in self._shadows
-        before = ComingHits.classes(use[_READ]) if shadowed else None
+        before = ComingHits.classes(use[_READ_ROWS]) if shadowed else None
         use *= _DECAY
         use += self._brought(layer, ids)
+        self._events += 1
         if before is not None:
-            self._coming.learn(before, ids, ComingHits.classes(use[_READ]))
-            self._hits = self._coming.of_class.tolist()
+            self._coming.learn(before, ids, ComingHits.classes(use[_READ_ROWS]))
             self._shadows.see(layer, ids, use)
+            self._choose_horizon()
+            self._hits = self._coming.of_class[self._horizon].tolist()
+        self._publish(layer)
+
+    def _publish(self, layer: int) -> None:
+        """Decayed uses as lists: those that victims and those that expected hits are read from."""
+        first = layer * self._experts
         span = slice(first, first + self._experts)
-        self._read[span] = read = use[_READ].tolist()
-        best = self._shadows.best
-        self._worth[span] = read if best == _READ else use[best].tolist()
+        row, best = _READ[self._horizon], self._shadows.best
+        self._read[span] = read = self._use[layer][row].tolist()
+        self._worth[span] = read if best == row else self._use[layer][best].tolist()
+
+    def _choose_horizon(self) -> None:
+        """By how long a slot has been kept: events of a layer by evictions of a slot."""
+        layers = len(self._slots)
+        kept = sum(self._slots) * self._events / layers
+        horizon = bisect_right(_KEPT, kept / self._evictions if self._evictions else inf)
+        if horizon != self._horizon:
+            self._horizon = horizon
+            for layer in range(layers):
+                self._publish(layer)
+        if self._events > layers * _LIFE_MEMORY:
+            self._events /= 2
+            self._evictions /= 2
 
     def _brought(self, layer: int, ids: list[int]) -> Floats:
         """What the event adds to each expert's use, float64 [E]: about one each to those needed."""
@@ -196,6 +230,7 @@ class SlotWorth(CacheRule):
 
     def on_evict(self, key: int) -> None:
         """``key`` lost its slot."""
+        self._evictions += 1
         self._holders[self._pool_of[key]].discard(key)
 
     def victim(self, pool: int, barred: Collection[int]) -> int | None:
@@ -212,18 +247,17 @@ class SlotWorth(CacheRule):
 
         Nothing for a free slot, then by who leaves, then more than anyone may bring.
         """
-        core = self.core
+        core, worth, state = self.core, self._worth, self.state
         pool = core.plan.pool_of_layer[layer]
-        yield from repeat(0.0, core.memory.free[pool] // core.memory.unit_of[layer * self._experts])
-        worth, state = self._worth, self.state
+        free = core.memory.free[pool] // core.memory.unit_of[layer * self._experts]
         leaving = [
-            key
+            (worth[key], key)
             for key in self._holders[pool].difference(core.pinned, spared)
             if state[key] == RESIDENT
         ]
-        leaving.sort(key=lambda key: (worth[key], key))
-        yield from map(self.kept, leaving)
-        yield from repeat(inf)
+        leaving.sort()
+        lost = map(self.kept, [key for _, key in leaving])
+        return chain(repeat(0.0, free), lost, repeat(inf))
 
     def facts(self) -> dict[str, Any]:
         """The half-life in use at the end."""

@@ -7,10 +7,13 @@ its own online estimate:
   half for having run and half by the gate's probability, where the trace has ``gate_probs``. The
   half-life (1, 4, 8, 16 or 64 events: from recency to frequency) is the one whose shadow caches, of
   keys alone, over two layers, missed least; another must have missed 2 % less to take over. The
-  contents stay. Beside it, expected hits by decayed use are learned by temporal differences.
+  contents stay. Beside it, expected hits by decayed use are learned by temporal differences; they
+  reach as far (half as much weight every 3, 12 or 48 events) as slots have been kept: far while a
+  cold cache fills and where nobody has been worth a copy for long, near where slots change hands.
 - **Who computes a miss** (:mod:`policies._lanes`): link and CPU share an event's misses so that
   both are done soonest, by measured costs; copies that find no slot beside the event's hits come
-  after the CPU is done. Experts under way are shared out too; where the CPU is sooner it computes
+  after the CPU is done. A copy that saves bringing the expert in behind is credited with that.
+  Experts under way are shared out too; where the CPU is sooner it computes
   them, and the copy goes on unawaited.
 - **What is fetched ahead**: the gates of layers l + 1 to l + ``depth``, applied to the gate input
   of layer l (``lookahead_d``, twice top-k a token), name candidates. How often a candidate that
@@ -22,7 +25,8 @@ its own online estimate:
   those that are expected to bring more hits than who leaves for them, at most four at a time.
 
 A copy pays if the hits that it is expected to bring, each saving what a miss costs with link and
-CPU together, outweigh what it slows down: GPU kernels (5 % of its time) and CPU workers.
+CPU together, outweigh what it slows down, GPU kernels (5 % of its time) and CPU workers, or by how much such
+copies have delayed events that had no need of them, whichever is more.
 
 Our readings: a copy is queued by the hits it is expected to bring, over the distance; a layer's
 first steps have no chances yet, so they are taken from all layers, and at first as even. The union
@@ -228,19 +232,22 @@ class Ahead(Prefetcher):
         """Hits that a slot is expected to bring; 0: not enough to pay for the copy."""
         kept, layer_of = self._cache.kept, self.core.memory.layer_of
         prices: dict[int, Iterator[float]] = {}
+        least: dict[int, float] = {}
         gains = {}
-        for key in sorted(keys, key=lambda key: (-kept(key), key)):
+        for worth, key in sorted([(-kept(key), key) for key in keys]):
             layer = layer_of[key]
             if layer not in prices:
                 prices[layer] = self._cache.prices(layer, ())
-            hits = kept(key) - next(prices[layer])
-            gains[key] = hits if hits > self._split.hits_to_pay(layer) else 0.0
+                least[layer] = self._split.hits_to_pay(layer)
+            hits = -worth - next(prices[layer])
+            gains[key] = hits if hits > least[layer] else 0.0
         return gains
 
 
 def _columns(params: Params) -> tuple[str, ...]:
     """All that are read where there are any; none is a must."""
-    return (PROBS, *(f"lookahead_{distance}" for distance in range(1, params["depth"] + 1)))
+    depth = params["depth"] if params["least_chance"] < 1 else 0
+    return (PROBS, *(f"lookahead_{distance}" for distance in range(1, depth + 1)))
 
 
 @register(
@@ -248,7 +255,11 @@ def _columns(params: Params) -> tuple[str, ...]:
     params={
         "depth": Param(int, 2, "layers ahead, as far as the trace has look-ahead", low=0, high=3),
         "least_chance": Param(
-            float, 0.6, "share of a rank's candidates needed so far, to prefetch", low=0, high=1
+            float,
+            0.6,
+            "share of a rank's candidates needed so far, to prefetch; 1 never does",
+            low=0,
+            high=1,
         ),
         "cpu": Param(bool, True, "let the CPU compute misses where that is sooner"),
     },
