@@ -169,11 +169,14 @@ class DecisionCore:
         self.layer = layer
         if self.signals is not None:
             self.signals.reach(layer)
+        asked = keys
         if self._lossy:
             keys = self._route(layer, keys)
         state = self._state
         hits = [key for key in keys if state[key] == RESIDENT]
         counters = self.counters
+        if self._lossy:
+            counters.asked_hits += len(hits) if keys is asked else self._among(asked, hits)
         counters.events += 1
         counters.accesses += len(keys)
         counters.hits += len(hits)
@@ -595,6 +598,11 @@ class DecisionCore:
                 self.queue.remove(copy)
                 self.parked[copy.key] = copy
             else:
+    def _among(self, asked: Keys, hits: Keys) -> int:
+        """How many experts of ``hits``, at any precision, are ``asked`` for."""
+        own = self.shape.layers * self.shape.experts
+        return len(set(asked).intersection([key % own for key in hits]))
+
                 self._drop(copy)
 
     def _count_used(self, keys: Keys) -> None:

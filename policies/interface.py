@@ -394,9 +394,10 @@ class Options:
 class Counters:
     """Counts of one phase and stage; see design's metrics.
 
-    Of lossy policies: ``asked``, experts that the gate asked for; ``changed``, those of them that
-    were replaced or left out; ``gate_mass``, the gates' weight in the unit of the policy's choice,
-    and of it ``low_mass``, computed at low precision, and ``lost_mass``, not computed at all.
+    Of lossy policies: ``asked``, experts the gate asked for; of them ``asked_hits`` were there,
+    at the precision that was computed, and ``changed`` were replaced or left out; ``gate_mass``,
+    the gates' weight in the unit of the policy's choice, and of it ``low_mass``, computed at low
+    precision, and ``lost_mass``, not computed at all.
     """
 
     accesses: int = 0
@@ -407,6 +408,7 @@ class Counters:
     hit_bytes: int = 0
     cpu: int = 0
     asked: int = 0
+    asked_hits: int = 0
     changed: int = 0
     gate_mass: float = 0.0
     low_mass: float = 0.0

@@ -35,14 +35,18 @@ COLUMNS = (
     "prec. %",
     "recall %",
     "late %",
+    "changed %",
+    "lost %",
     "MB/token",
     "stall ms",
     "TTFT ms",
     "gap %",
     "verdict",
 )
+_SHARES = ("hit_rate", "precision", "recall", "late_share", "changed_share", "lost_share")
 LEGEND = (
-    "hits, late: shares of decode accesses; late: the prefetch had not arrived",
+    "hits, late: shares of the experts that decode asked for; late: the prefetch had not arrived",
+    "changed: experts replaced, at low bits or left out; lost: gate weight that was not computed",
     "prec., recall: of predicted experts, whether or not they had to be copied",
     "MB/token: copied to the GPU; stall ms: wait for experts, a decode step",
     "gap %: time that the fastest bound would save; policy-limited: 10 % or more",
@@ -229,7 +233,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         str(row["policy"]),
         f"{tie}{three_figures(row['tpot_ms'])}",
         str(row["kind"]),
-        *(as_percent(row[name]) for name in ("hit_rate", "precision", "recall", "late_share")),
+        *(as_percent(row[name]) for name in _SHARES),
         *(three_figures(row[name]) for name in ("mb_per_token", "stall_ms", "ttft_ms")),
         "-" if row["kind"] == "bound" else as_percent(row["gap_to_bound"]),
         str(row["verdict"]),

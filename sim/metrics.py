@@ -87,15 +87,18 @@ def counts(tally: Tally, phase: str) -> dict[str, Any]:
 
 
 def _counts(counters: Counters) -> dict[str, Any]:
-    accesses = counters.accesses
+    """Of a lossy policy the hit rate is of the experts that the gate asked for."""
+    lossy = counters.asked > 0
+    of = counters.asked if lossy else counters.accesses
     return {
-        "accesses": accesses,
+        "accesses": counters.accesses,
+        "asked": of,
         "hits": counters.hits,
         "late": counters.late,
         "late_copying": counters.late_copying,
         "late_queued": counters.late_queued,
         "misses": counters.misses,
-        "hit_rate": counters.hits / accesses if accesses else None,
+        "hit_rate": (counters.asked_hits if lossy else counters.hits) / of if of else None,
         "hit_bytes": counters.hit_bytes,
         "cpu": counters.cpu,
         "events": counters.events,

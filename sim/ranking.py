@@ -27,11 +27,13 @@ def rank(frame: pd.DataFrame) -> pd.DataFrame:
     """Policies by TPOT within each system, budget and kind; ``place`` counts from 1 in each.
 
     Columns beside those: ``policy`` (with parameters), ``tpot_ms``, ``ttft_ms`` (nan without
-    prefill), ``hit_rate`` and ``late_share`` (of decode accesses), ``precision`` and ``recall`` of
-    predictions (nan without any), ``mb_per_token`` over the link (10**6 bytes), ``stall_ms`` a
-    decode step, ``times_faster`` than ``faster_than`` (on-demand at that budget, else the slowest
-    causal policy, else the slowest), ``gap_to_bound`` (share of the time that ``bound``, the
-    fastest bound at that budget, would save; nan without one), ``tie`` (within 2 % of the first of
+    prefill), ``hit_rate`` and ``late_share`` (of decode accesses; of a lossy policy's: of the
+    experts that the gate asked for), ``changed_share`` (of those experts) and ``lost_share`` (of
+    the gate weight; both nan for lossless ones), ``precision`` and ``recall`` of predictions (nan
+    without any), ``mb_per_token`` over the link (10**6 bytes), ``stall_ms`` a decode step,
+    ``times_faster`` than ``faster_than`` (on-demand at that budget, else the slowest causal policy,
+    else the slowest), ``gap_to_bound`` (share of the time that ``bound``, the fastest bound at that
+    budget, would save; nan without one), ``tie`` (within 2 % of the first of
     its kind), ``gpu_memory_bytes``, ``fits`` and ``saturated`` (see :func:`prepare`).
     """
     return rank_points(prepare(frame))
@@ -48,7 +50,7 @@ def _rank_group(group: pd.DataFrame) -> pd.DataFrame:
     reference = _reference(group)
     bound = _fastest_bound(group)
     first = tpot.groupby(group["kind"]).transform("min")
-    accesses = group["decode.accesses"].astype(float)
+    asked = group["decode.asked"].astype(float)
     ranked = pd.DataFrame(
         {
             "system": group["system"],
@@ -63,7 +65,9 @@ def _rank_group(group: pd.DataFrame) -> pd.DataFrame:
             "tpot_ms": tpot,
             "ttft_ms": group["ttft_ms.mean"],
             "hit_rate": group["decode.hit_rate"].astype(float),
-            "late_share": group["decode.late"].astype(float) / accesses,
+            "late_share": group["decode.late"].astype(float) / asked,
+            "changed_share": _optional(group, "quality.decode.changed_share"),
+            "lost_share": _optional(group, "quality.decode.lost_mass_share"),
             "precision": _optional(group, "prefetch.precision"),
             "recall": _optional(group, "prefetch.recall"),
             "mb_per_token": group["h2d_bytes_per_token"].astype(float) / 1e6,

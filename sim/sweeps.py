@@ -53,7 +53,7 @@ from tracer.workload import TOUCH_ORDERS
 
 CONFIG_FILE, POINTS_FILE = "sweep.json", "points.jsonl"
 PARQUET_FILE, CSV_FILE = "results.parquet", "results.csv"
-RESULTS_SCHEMA = 1  # of a row; rows of different schemas do not share a directory
+RESULTS_SCHEMA = 2  # of a row; rows of different schemas do not share a directory
 
 Progress = Callable[[int, int], None]
 Scalar = str | int | float | bool

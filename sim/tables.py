@@ -85,6 +85,16 @@ def _legend(group: pd.DataFrame) -> list[str]:
         f"gap %: time that {limit} would save",
         "late %: accesses whose prefetch had not arrived; stall ms: wait for experts, a step",
         "=: a tie, within 2 % of the first",
+        *_losses(group),
+    ]
+
+
+def _losses(group: pd.DataFrame) -> list[str]:
+    """What each lossy policy does not compute as the gate asked."""
+    return [
+        f"{row['policy']} is lossy: {as_percent(row['changed_share'])} % of the experts changed, "
+        f"{as_percent(row['lost_share'])} % of the gate weight lost"
+        for row in group[group["kind"] == "lossy"].to_dict("records")
     ]
 
 

@@ -77,6 +77,22 @@ def test_same_command_same_bytes(moesim, trace_dir: Path) -> None:  # type: igno
     assert moesim(*words).out == moesim(*words).out
 
 
+def test_a_lossy_result_says_what_is_lost(moesim, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / "trace"
+    make_trace(path, requests=4, prompt=4, output=12, columns=("weights", "gate_probs"))
+    for policy in ("swapmoe", "hobbit"):
+        words = simulate(path, policy=policy, fit_share=0.3)
+        result = json.loads(moesim(*words, "--json").out)
+        loss, decode = result["quality"]["decode"], result["decode"]
+        shown = moesim(*words).out
+        assert f"{decode['hit_rate']:.1%} hits" in shown
+        assert f"missed of {decode['asked']}" in shown
+        assert f"lossy    {loss['changed_share']:.1%} of these replaced" in shown
+        assert f"of the gate weight {loss['lost_mass_share']:.1%} lost" in shown
+        assert loss["changed_share"] > 0
+    assert "lossy" not in moesim(*simulate(path)).out
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

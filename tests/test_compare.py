@@ -19,6 +19,7 @@ from sim.compare import (
     BOUND,
     COLUMNS,
     Comparison,
+    cells,
     choices_of,
     compare,
     config_of,
@@ -82,7 +83,7 @@ def test_a_table_a_budget_and_link_with_every_row_of_the_sweep(
             assert row["tpot_ms"] == own["tpot_ms.mean"]
             assert row["ttft_ms"] == own["ttft_ms.mean"]
             assert row["hit_rate"] == own["decode.hit_rate"]
-            assert row["late_share"] == own["decode.late"] / own["decode.accesses"]
+            assert row["late_share"] == own["decode.late"] / own["decode.asked"]
             assert row["mb_per_token"] == own["h2d_bytes_per_token"] / 1e6
             predicted = own["prefetch.precision"]
             assert row["precision"] == predicted or np.isnan([row["precision"], predicted]).all()
@@ -164,6 +165,28 @@ def test_text_has_a_line_a_row(comparison: Comparison) -> None:
     assert text == render(comparison)
     for row in comparison.tables[0].rows:
         assert any(line.startswith(row["policy"]) for line in text.splitlines())
+
+
+def test_lossy_policies_show_what_they_lose(tmp_path: Path) -> None:
+    columns = ("weights", "gate_probs")
+    path = tmp_path / "trace"
+    make_trace(path, requests=4, prompt=4, output=10, seed=5, columns=columns)
+    frame = sweep_of(path, "swapmoe,hobbit,lru", expert_budgets=("50%",), links=())
+    (table,) = compare(frame).tables
+    for row in table.rows:
+        own = frame[frame["label"] == row["policy"]].iloc[0]
+        shown = dict(zip(COLUMNS, cells(row), strict=True))
+        if row["kind"] != "lossy":
+            assert (shown["changed %"], shown["lost %"]) == ("-", "-")
+            assert own["decode.asked"] == own["decode.accesses"]
+            continue
+        assert row["changed_share"] == own["quality.decode.changed_share"] > 0
+        assert row["lost_share"] == own["quality.decode.lost_mass_share"] > 0
+        assert shown["changed %"] == f"{100 * row['changed_share']:.1f}"
+        assert shown["lost %"] == f"{100 * row['lost_share']:.1f}"
+        assert row["hit_rate"] < 1
+    asked = frame.loc[frame["status"] == "ok", "decode.asked"]
+    assert asked.nunique() == 1
 
 
 def test_policies_by_commas_and_parameters_by_colons() -> None:

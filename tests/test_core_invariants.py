@@ -245,8 +245,11 @@ def test_counts_and_bytes_add_up(name, run, seed):
         if name in LOSSY:
             assert bucket.asked - bucket.accesses <= bucket.changed <= bucket.asked
             assert bucket.low_mass + bucket.lost_mass <= bucket.gate_mass
+            unchanged = bucket.asked - bucket.changed
+            stand_ins = bucket.accesses - unchanged
+            assert bucket.hits - stand_ins <= bucket.asked_hits <= min(bucket.hits, bucket.asked)
             continue
-        assert bucket.asked == bucket.changed == bucket.gate_mass == 0
+        assert bucket.asked == bucket.asked_hits == bucket.changed == bucket.gate_mass == 0
         assert bucket.hit_bytes == 12 * bucket.hits
     if core.shape.precisions == 1:
         assert tally.copied_bytes == tally.chunks * 12 // core.options.chunks

@@ -16,7 +16,7 @@ from policies.errors import PolicyError
 from policies.hobbit import standings
 from policies.interface import Shape
 from sim.inputs import Inputs
-from sim.metrics import quality
+from sim.metrics import counts, quality
 from sim.point import Point, run_point
 from tests.driver import (
     GivenSignals,
@@ -72,6 +72,7 @@ def test_hobbit_copies_in_full_at_low_bits_or_not_at_all():
     assert (total(core, "hits"), total(core, "misses")) == (3, 8)
     assert total(core, "hit_bytes") == 30 + 10 + 30
     assert core.tally.copied_bytes == 30 * 6 + 10 * 2
+    assert counts(core.tally, "decode")["hit_rate"] == 3 / 12  # of what was asked for
     lossy = quality(core.tally, "decode")
     assert lossy["changed_share"] == 4 / 12
     assert lossy["low_mass_share"] == pytest.approx((0.2 + 0.3 + 0.05) / 4)

@@ -29,7 +29,7 @@ from policies.swapmoe import (
 )
 from sim.inputs import Inputs
 from sim.machine import Machine
-from sim.metrics import quality
+from sim.metrics import counts, quality
 from sim.point import Point, run_point
 from tests.driver import (
     GivenFit,
@@ -116,6 +116,9 @@ def test_swapmoe_routes_to_residents_and_exchanges_them_by_importance():
     """)
     assert (total(core, "asked"), total(core, "changed")) == (14, 1 + 2 + 1 + 0 + 2 + 1 + 1)
     assert (total(core, "accesses"), total(core, "hits"), total(core, "misses")) == (14, 14, 0)
+    # Those that stand in for others are there, and no hits: 14 asked for, 8 of them changed.
+    decode = counts(core.tally, "decode")
+    assert (decode["asked"], decode["hit_rate"]) == (14, 6 / 14)
     lossy = quality(core.tally, "decode")
     lost = 0.3 / 0.8 + 1 + 1 / 3 + 0 + 1 + 0.5 + 0.5
     assert lossy["retained_mass_share"] == pytest.approx(1 - lost / 7)

@@ -60,6 +60,7 @@ def point(policy: str, share: float, tpot_ms: float | None, **changes: Any) -> d
         "tpot_ms.mean": tpot_ms,
         "ttft_ms.mean": 100.0,
         "decode.accesses": 1000,
+        "decode.asked": 1000,
         "decode.hits": round(1000 * share),
         "decode.late": 50 if late else 0,
         "decode.hit_rate": share,
@@ -231,8 +232,14 @@ def test_rank_without_on_demand_or_bounds_compares_with_the_slowest() -> None:
 
 
 def test_lossy_policies_are_ranked_apart_and_never_picked() -> None:
-    frame = sweep_frame(point("skip", 0.5, 1.0))
+    loss = {"quality.decode.changed_share": 0.3, "quality.decode.lost_mass_share": 0.125}
+    frame = sweep_frame(point("skip", 0.5, 1.0, **loss))
     ranked = rank(frame)
+    shares = ranked.set_index("policy")[["changed_share", "lost_share"]]
+    assert shares.loc["skip"].tolist() == [0.3, 0.125]
+    assert shares.drop("skip").isna().all(axis=None)
+    words = "skip is lossy: 30.0 % of the experts changed, 12.5 % of the gate weight lost"
+    assert words in rendered(frame)
     assert ranked.loc[ranked["policy"] == "skip", "kind"].tolist() == ["lossy"]
     assert "skip" not in recommend(frame)[0].text
     assert "skip" not in pareto(frame)["label"].tolist()
