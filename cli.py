@@ -10,7 +10,7 @@ import typer
 
 from configs.errors import UserError
 from policies.errors import PolicyError
-from replay.commands import calibrate, quality
+from replay.commands import calibrate, quality, replay, validate
 from sim import commands as simulation
 from sim import simulate
 from tracer.commands import export, imports, inspect, subset, trace, train_predictor
@@ -82,6 +82,8 @@ subset.register(app)
 train_predictor.register(app)
 simulation.register(app)
 calibrate.register(app)
+replay.register(app)
+validate.register(app)
 quality.register(app, simulate)
 export.register(app)
 

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Self
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from configs.errors import UserError
@@ -131,6 +132,13 @@ class ModelTimes(_Strict):
         if len({len(each.segment_ns) for each in self.passes}) > 1:
             raise ValueError("passes differ in how many layers segment_ns has")
         return self
+
+
+def render(times: ModelTimes) -> str:
+    """The file's text."""
+    return yaml.safe_dump(
+        times.model_dump(mode="json"), sort_keys=False, width=100, default_flow_style=None
+    )
 
 
 def find_timings(hardware: str, geometry: str) -> ModelTimes | None:

@@ -346,7 +346,8 @@ class GatedExperts:
 
 def _strides(weight: torch.Tensor, transposed: bool) -> tuple[int, int]:
     """Strides along the output and the input dimension."""
-    return (weight.stride(2), weight.stride(1)) if transposed else weight.stride()[1:]
+    _, row, column = weight.stride()
+    return (column, row) if transposed else (row, column)
 
 
 def gated_experts(module: Any, views: dict[str, torch.Tensor]) -> GatedExperts | None:

@@ -39,7 +39,7 @@ def without_experts() -> Iterator[None]:
         original(self, name, parameter)
 
     with _LOCK:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
         try:
             yield
         finally:
@@ -58,9 +58,10 @@ def load_skeleton(path: str | Path, dtype: torch.dtype, device: str) -> Any:
     Raises UserError for a checkpoint that lacks other weights: transformers would draw them.
     """
     with without_experts():
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, device_map=device, output_loading_info=True
         )
+    model, found = loaded
     missing = sorted(found["missing_keys"])
     if missing:
         raise UserError(f"{path}: holds no {missing[0]}: the checkpoint is not whole; get it again")

@@ -56,7 +56,8 @@ def policies_command() -> None:
         print(f"{'':16}   {parameter}={traits.default}  {traits.help}")
 
 
-def _parse_settings(settings: list[str]) -> dict[str, str]:
+def parse_settings(settings: list[str]) -> dict[str, str]:
+    """Of repeated --set key=value."""
     parsed: dict[str, str] = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
@@ -126,12 +127,12 @@ def simulate_command(
     Example: moesim simulate --trace sample --geometry olmoe-1b-7b --hardware rtx4090-pcie4
     --policy lru --expert-budget 25%
     """
-    from sim.point import Point, inputs_for, run_point
+    from sim.point import inputs_for, run_point
     from tracer.trace import Trace
 
-    point = _point(
+    point = parse_point(
         policy=policy,
-        params=_parse_settings(settings or []),
+        params=parse_settings(settings or []),
         hardware=hardware,
         budget=budget,
         expert_budget=expert_budget,
@@ -144,7 +145,6 @@ def simulate_command(
         max_tokens=max_tokens,
         fit_share=fit_share,
         seed=seed,
-        make=Point,
     )
     opened = Trace.open(trace)
     _notes(opened)
@@ -157,10 +157,12 @@ def simulate_command(
     _print_result(result)
 
 
-def _point(make: Any, **fields: Any) -> Any:
-    """A Point; a field out of bounds is named as its option."""
+def parse_point(**fields: Any) -> Any:
+    """A :class:`sim.point.Point`; a field out of bounds is named as its option."""
+    from sim.point import Point
+
     try:
-        return make(**fields)
+        return Point(**fields)
     except ValidationError as error:
         first = error.errors()[0]
         option = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")

@@ -1,0 +1,85 @@
+"""Predicted against measured, as a picture: on the line they agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from configs.figure_style import BLUE, GREY, INK, ORANGE, STYLE, save_figure
+
+_KINDS = (
+    (True, "demand-only", BLUE, "o"),
+    (False, "prefetching", ORANGE, "^"),
+)
+
+
+def draw_scatter(report: dict[str, Any], out: Path) -> list[Path]:
+    """TPOT and exposed stall, measured on x, predicted on y; the naive estimate in grey."""
+    rows = report["points"]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.5, 4.4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        _draw(left, rows, "tpot_ms", "time a token, ms")
+        left.scatter(
+            [row["figures"]["tpot_ms"]["measured"] for row in rows],
+            [row["naive"]["tpot_ms"] for row in rows],
+            s=14,
+            marker="x",
+            color=GREY,
+            linewidths=0.8,
+            label="naive: resident + bytes / bandwidth + c x misses",
+        )
+        _draw(right, rows, "stall_ms", "exposed stall a token, ms")
+        left.legend(loc="upper left", fontsize=8)
+        figure.suptitle(
+            f"{report['plan']['name']}: {len(rows)} points, {report['machine'].split(',')[0]}",
+            x=0.01,
+            ha="left",
+            fontsize=10,
+        )
+        return save_figure(figure, out, "scatter")
+
+
+def _draw(axes: Any, rows: Sequence[dict[str, Any]], name: str, title: str) -> None:
+    found = [row["figures"][name] for row in rows]
+    values = [each[side] for each in found for side in ("predicted", "measured") if each[side] > 0]
+    for kind, label, colour, marker in _KINDS:
+        chosen = [
+            each
+            for row, each in zip(rows, found, strict=True)
+            if row["time_independent"] is kind and each["measured"] > 0
+        ]
+        if chosen:
+            axes.scatter(
+                [each["measured"] for each in chosen],
+                [each["predicted"] for each in chosen],
+                s=22,
+                marker=marker,
+                color=colour,
+                edgecolors="white",
+                linewidths=0.4,
+                label=label,
+                zorder=3,
+            )
+    axes.set_title(title)
+    axes.set_xlabel("measured")
+    axes.set_ylabel("predicted")
+    if not values:
+        return
+    low, high = min(values) * 0.85, max(values) * 1.18
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(low, high)
+    axes.set_ylim(low, high)
+    axes.plot([low, high], [low, high], color=INK, linewidth=0.8, zorder=1)
+    axes.fill_between(
+        [low, high], [low * 0.95, high * 0.95], [low * 1.05, high * 1.05], color="#EEEEEE", zorder=0
+    )
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
