@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from configs.load import find, read_yaml
 from sim.point import Point
@@ -38,6 +38,13 @@ class ValidationPlan(BaseModel):
     link_scales: tuple[float, ...] = (1.0,)
     repeats: int = Field(default=3, ge=1, le=20)
     fit_share: float | None = None
+
+    @field_validator("policies", mode="before")
+    @classmethod
+    def _bare_names(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        return tuple({"name": item} if isinstance(item, str) else item for item in value)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
