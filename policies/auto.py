@@ -24,9 +24,10 @@ its own online estimate:
 - **What is brought in behind**: what the CPU computes takes no slot; the link, where idle, copies
   those that are expected to bring more hits than who leaves for them, at most four at a time.
 
-A copy pays if the hits that it is expected to bring, each saving what a miss costs with link and
-CPU together, outweigh what it slows down, GPU kernels (5 % of its time) and CPU workers, or by how much such
-copies have delayed events that had no need of them, whichever is more.
+A copy pays if the hits that it is expected to bring, each saving what a miss has cost of late, with
+link and CPU together, outweigh what it costs: 5 % of its time, for the GPU kernels that it slows
+down, and the larger of what it is expected to take from GPU and CPU, and what such copies have of
+late delayed events that had no need of them.
 
 Our readings: a copy is queued by the hits it is expected to bring, over the distance; a layer's
 first steps have no chances yet, so they are taken from all layers, and at first as even. The union
