@@ -164,9 +164,7 @@ def parse_point(**fields: Any) -> Any:
     try:
         return Point(**fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        option = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")
-        raise UserError(f"{option} {first['input']}: {first['msg'].lower()}") from None
+        raise commands_compare.named_option(error) from None
 
 
 def _print_result(result: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 from configs.errors import UserError
 
@@ -80,18 +81,21 @@ def compare_command(
     from sim.sweeps import sweep
     from tracer.trace import Trace
 
-    config = config_of(
-        trace,
-        hardware=(hardware,),
-        geometry=geometry,
-        dtype=dtype,
-        policies=() if policies is None else choices_of(policies),
-        expert_budgets=_listed("--budgets", budgets),
-        links=_listed("--links", links),
-        max_tokens=max_tokens,
-        fit_share=fit_share,
-        seed=seed,
-    )
+    try:
+        config = config_of(
+            trace,
+            hardware=(hardware,),
+            geometry=geometry,
+            dtype=dtype,
+            policies=() if policies is None else choices_of(policies),
+            expert_budgets=_listed("--budgets", budgets),
+            links=_listed("--links", links),
+            max_tokens=max_tokens,
+            fit_share=fit_share,
+            seed=seed,
+        )
+    except ValidationError as error:
+        raise named_option(error) from None
     opened = Trace.open(trace)
     for note in opened.notes:
         print(f"moesim: note: {note}", file=sys.stderr)
@@ -108,6 +112,13 @@ def compare_command(
         print(f"moesim: failed: {failure}", file=sys.stderr)
     if comparison.failed:
         raise typer.Exit(1)
+
+
+def named_option(error: ValidationError) -> UserError:
+    """A field that is out of bounds, as its option."""
+    first = error.errors()[0]
+    option = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")
+    return UserError(f"{option} {first['input']}: {first['msg'].lower()}")
 
 
 def _listed(option: str, text: str | None) -> tuple[str, ...]:

@@ -263,6 +263,10 @@ def test_the_command_prints_what_the_sweep_says(
         (["--budgets", "25%,,50%"], "--budgets '25%,,50%' has an empty entry"),
         (["--policies", "lrru"], "policy 'lrru' is unknown (did you mean lru?)"),
         (["--links", "nonsense"], "--link nonsense"),
+        (["--fit-share", "1"], "--fit-share 1.0: input should be less than 1"),
+        (["--fit-share", "nan"], "--fit-share nan: input should be a finite number"),
+        (["--max-tokens", "0"], "--max-tokens 0: input should be greater than or equal to 1"),
+        (["--seed", "-1"], "--seed -1: input should be greater than or equal to 0"),
     ],
 )
 def test_wrong_options_end_in_one_line(
