@@ -251,7 +251,9 @@ class FrequencyOverDistance(ArrayScoredRule):
 @register(
     "edgemoe",
     params={
-        "candidates": Param(float, 1.0, "experts queued for a layer, over top-k", low=0.1),
+        "candidates": Param(
+            float, 1.0, "experts queued for a layer, over top-k", low=0.1, high=1000
+        ),
     },
     prefetches=True,
     fitted=True,

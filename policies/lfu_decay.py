@@ -82,7 +82,9 @@ class LfuDecay(ScoredRule):
     refuses=True,
     params={
         "gamma": Param(float, 0.99, "decay of every count a step", low=0.01, high=1.0),
-        "theta": Param(float, 0.5, "uses by which a miss must beat the smallest resident", low=0.0),
+        "theta": Param(
+            float, 0.5, "uses by which a miss must beat the smallest resident", low=0.0, high=1e9
+        ),
     },
     summary="LFU on decayed counts; a miss must beat the smallest resident to enter",
     source="common admission-controlled baseline; rule stated in the module",

@@ -354,10 +354,12 @@ def collect(collection: Collection, fit: Recorded) -> None:
             str, "offline", "what the collection begins with", choices=("offline", "online")
         ),
         "capacity": Param(int, 120, "requests in the collection", low=1, high=10_000),
-        "matches": Param(int, 3, "most similar requests that are summed", low=1),
-        "depth": Param(int, 3, "layers ahead", low=1),
-        "candidates": Param(float, 1.0, "experts queued for a layer, over top-k", low=0.1),
-        "eps": Param(float, 1e-4, "added to p in the eviction score", low=0.0),
+        "matches": Param(int, 3, "most similar requests that are summed", low=1, high=10_000),
+        "depth": Param(int, 3, "layers ahead", low=1, high=1000),
+        "candidates": Param(
+            float, 1.0, "experts queued for a layer, over top-k", low=0.1, high=1000
+        ),
+        "eps": Param(float, 1e-4, "added to p in the eviction score", low=0.0, high=1e6),
     },
     prefetches=True,
     fitted=True,

@@ -167,7 +167,7 @@ class ReuseDistance(ScoredRule):
     scope="layer",
     params={
         "horizon": Param(int, 128, "events beyond which distances are alike", low=2, high=100_000),
-        "ridge": Param(float, 1e-3, "regularisation, by example", low=1e-9),
+        "ridge": Param(float, 1e-3, "regularisation, by example", low=1e-9, high=1e9),
     },
     fitted=True,
     summary="evict the longest reuse distance predicted from recency and frequency, per layer",

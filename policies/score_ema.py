@@ -94,7 +94,9 @@ def top_scores(rows: Any, kept: int) -> Any:
     scope="layer",
     params={
         "alpha": Param(float, 0.5, "weight of the newest scores", low=0.0, high=1.0),
-        "candidates": Param(float, 2.0, "experts whose scores count, over top-k", low=1.0),
+        "candidates": Param(
+            float, 2.0, "experts whose scores count, over top-k", low=1.0, high=1000
+        ),
     },
     reads_signals=True,
     columns=lambda params: (COLUMN,),

@@ -87,7 +87,7 @@ class Slru(CacheRule):
     scope="layer",
     params={
         "protected": Param(float, 0.5, "share of the slots for protected experts", low=0, high=1),
-        "promote_after": Param(int, 2, "hits on probation that promote", low=1),
+        "promote_after": Param(int, 2, "hits on probation that promote", low=1, high=1_000_000),
     },
     summary="segmented LRU, per layer: probation, promotion on the second hit",
     source="Karedla et al., IEEE Computer 27(3), 1994",

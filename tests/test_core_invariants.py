@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import policies
 from policies.capacity import plan_memory, smallest_budget, uneven_plan
 from policies.core import DecisionCore
+from policies.errors import PolicyError
 from policies.interface import Policy, Shape
 from policies.memory import COPYING
 from tests.driver import (
@@ -224,6 +225,36 @@ def test_memory_never_holds_more_than_planned_nor_loses_a_member_of_the_wave(nam
     core = case.core([])
     assert core.plan.used_bytes <= case.budget
     run(case, core, Watchman(core))
+
+
+NUMBERS = [
+    (name, parameter)
+    for name in NAMES
+    for parameter, traits in policies.get(name).params.items()
+    if traits.kind in (int, float)
+]
+
+
+@pytest.mark.parametrize(("name", "parameter"), NUMBERS)
+def test_no_number_that_a_parameter_takes_breaks_its_policy(name, parameter):
+    """The largest and the smallest; a fault would be any error that names no remedy."""
+    info = policies.get(name)
+    traits = info.params[parameter]
+    huge = 10**15 if traits.kind is int else 1e308
+    for value in (huge, -huge):
+        bound = traits.high if value > 0 else traits.low
+        if bound is not None:
+            with pytest.raises(PolicyError, match=f"{parameter}=.* is (above|below)"):
+                info.parse({parameter: value})
+            value = traits.kind(bound)
+        case = draw_case(name, 5)
+        case = replace(case, given={**case.given, parameter: value})
+        try:
+            core = case.core()
+        except PolicyError:
+            continue  # refused beside the trace's columns, or for lack of slots
+        case.instant(core)
+        assert total(core, "events") > 0
 
 
 @every_policy
