@@ -21,6 +21,8 @@ UNITS = 4096
 _EMBEDDING_UNITS = 2048
 _ZERO = np.float32(0)
 _BLOCK_ROWS = 256
+#: multiplications of one product below which OpenBLAS starts no threads
+_MOST_TERMS = 1 << 18
 
 
 def as_units(probabilities: Floats) -> Floats:
@@ -50,6 +52,20 @@ def _inverse(squares: Floats) -> Floats:
     """1 / sqrt, and 0 for 0: what has no direction is similar to nothing."""
     inverse: Floats = np.where(squares > 0, 1 / np.sqrt(np.where(squares > 0, squares, 1)), 0)
     return inverse
+
+
+def _products(rows: Floats, others: Floats) -> Floats:
+    """``rows`` [n, K] times ``others`` [m, K]: float32 [n, m].
+
+    In products so small that they stay on one thread: for sizes like these, and beside other
+    simulations, threads cost more than they bring.
+    """
+    result = np.empty((len(rows), len(others)), np.float32)
+    size = max(1, _MOST_TERMS // max(1, rows.size))
+    for first in range(0, len(others), size):
+        part = slice(first, first + size)
+        np.matmul(rows, others[part].T, out=result[:, part])
+    return result
 
 
 class MapStore:
@@ -82,7 +98,7 @@ class MapStore:
         return self._semantic(whole, inverse)
 
     def _semantic(self, whole: Floats, inverse: Floats) -> Floats:
-        dots = (whole @ self.embeddings[: self.size].T).astype(np.float64)
+        dots = _products(whole, self.embeddings[: self.size]).astype(np.float64)
         dots *= self.inverse_lengths[: self.size]
         dots *= inverse[:, None]
         return dots
@@ -148,8 +164,8 @@ class MapStore:
             return np.zeros((1, 1))
         dots = np.zeros((rows, rows))
         for layer in range(maps.shape[1]):
-            dots += maps[:, layer] @ maps[:, layer].T
-        semantic = (whole @ whole.T) * np.outer(inverse, inverse)
+            dots += _products(maps[:, layer], maps[:, layer])
+        semantic = _products(whole, whole) * np.outer(inverse, inverse)
         return self._mixed(semantic, dots * np.outer(norms, norms))
 
 
@@ -165,7 +181,6 @@ class Prefixes:
         self._inverse_norms = inverse_norms
         self._size = size
         self._dots = np.zeros((rows, size))
-        self._products = np.zeros((rows, size), np.float32)
         self._squares = np.zeros(rows)
         self._layer = len(maps) - 1
 
@@ -174,8 +189,7 @@ class Prefixes:
         self._layer = layer
         if self._size == 0:
             return
-        np.matmul(units, self._maps[layer, : self._size].T, out=self._products)
-        self._dots += self._products
+        self._dots += _products(units, self._maps[layer, : self._size])
         self._squares += np.vecdot(units, units)
 
     def best(self) -> list[tuple[int, float]]:
@@ -210,14 +224,14 @@ class SearchAhead:
         whole, self._inverse = _directions(embeddings)
         self._meaning = np.zeros((rows, places))
         if size:
-            self._meaning[:, :size] = whole @ store.embeddings[:size].T
-        self._meaning_among = whole @ whole.T
+            self._meaning[:, :size] = _products(whole, store.embeddings[:size])
+        self._meaning_among = _products(whole, whole)
         self._paths = np.zeros((rows, layers, places))
         self._paths_among = np.empty((rows, layers, rows))
         for layer in range(layers):
             own = maps[:, layer]
-            self._paths[:, layer, :size] = own @ store.maps[layer, :size].T
-            self._paths_among[:, layer] = own @ own.T
+            self._paths[:, layer, :size] = _products(own, store.maps[layer, :size])
+            self._paths_among[:, layer] = _products(own, own)
         np.cumsum(self._paths, axis=1, out=self._paths)
         np.cumsum(self._paths_among, axis=1, out=self._paths_among)
         self._squares = np.cumsum(np.einsum("nle,nle->nl", maps, maps, dtype=np.float64), axis=1)

@@ -37,8 +37,7 @@ class TwoBuffers(CacheRule):
         self._empty([key for key in self._held if layer_of[key] != layer])
 
     def _empty(self, keys: list[int]) -> None:
-        for key in sorted(keys):
-            self.core.evict(key)
+        self.core.evict_all(sorted(keys))
 
     def on_insert(self, key: int) -> None:
         """``key`` takes a slot."""

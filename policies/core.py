@@ -252,10 +252,11 @@ class DecisionCore:
         if not new:
             return
         state, parked = self._state, self.parked
-        for key in new:
-            if state[key] == ABSENT or key in parked:
-                priority = priorities[keys.index(key)] if priorities else 0.0
-                self._queue_low(key, layer, source, priority)
+        absent = [key for key in new if state[key] == ABSENT or key in parked]
+        ranks = (
+            [priorities[keys.index(key)] for key in absent] if priorities else [0.0] * len(absent)
+        )
+        self._queue_low(absent, layer, source, ranks)
         resident = [key for key in new if state[key] == RESIDENT]
         if resident:
             self._rule.on_predicted(resident)
@@ -263,7 +264,9 @@ class DecisionCore:
     def _guard_new(self, layer: int, keys: Keys) -> list[int]:
         """Those of ``keys`` not guarded yet, as many as the pool holds beside the guarded ones."""
         guard = self.guard[layer]
-        new = [key for key in keys if key not in guard]
+        new = [key for key in keys if key not in guard] if guard else list(keys)
+        if not new:
+            return new
         room = self.plan.capacity[self.plan.pool_of_layer[layer]]
         if self.plan.by_bytes:
             # A guarded expert's bytes are in the pool or on their way: room is checked by the copy.
@@ -277,19 +280,21 @@ class DecisionCore:
             self.guarded.update(new)
         return new
 
-    def _queue_low(self, key: int, layer: int, source: str, priority: float) -> None:
-        """Queue a prefetch, or take one up again that was set aside."""
-        self._seq += 1
-        copy = self.parked.pop(key, None)
-        if copy is None:
-            copy = Copy(key, layer, self._chunk_bytes[key], self._seq, False, source)
-            self.copies[key] = copy
-            self._state[key] = QUEUED
-            self.tally.prefetch_issued += 1
-        else:
-            copy.seq = self._seq
-        copy.priority = priority
-        self.queue.push_low(copy)
+    def _queue_low(self, keys: Keys, layer: int, source: str, priorities: Sequence[float]) -> None:
+        """Queue prefetches, or take those up again that were set aside."""
+        state, copies, parked, push = self._state, self.copies, self.parked, self.queue.push_low
+        for key, priority in zip(keys, priorities, strict=True):
+            self._seq += 1
+            copy = parked.pop(key, None) if parked else None
+            if copy is None:
+                copy = Copy(key, layer, self._chunk_bytes[key], self._seq, False, source)
+                copies[key] = copy
+                state[key] = QUEUED
+                self.tally.prefetch_issued += 1
+            else:
+                copy.seq = self._seq
+            copy.priority = priority
+            push(copy)
 
     @property
     def awaits_copies(self) -> bool:
@@ -318,6 +323,16 @@ class DecisionCore:
         self._evict(key)
         return True
 
+    def evict_all(self, keys: Keys) -> None:
+        """:meth:`evict` each of ``keys`` that may go."""
+        state, staged, pinned = self._state, self.memory.staged, self.pinned
+        for key in keys:
+            if state[key] == RESIDENT:
+                if key not in pinned and key not in staged:
+                    self._evict(key)
+            elif self.parked:
+                self.evict(key)
+
     def promote(self, key: int) -> bool:
         """Make a queued prefetch HIGH; False: there is none."""
         copy = self.copies.get(key)
@@ -325,6 +340,15 @@ class DecisionCore:
             return False
         self._raise(copy)
         return True
+
+    def promote_all(self, keys: Keys) -> None:
+        """:meth:`promote` each of ``keys``, in this order."""
+        if self.parked:
+            for key in keys:
+                self.promote(key)
+            return
+        copies = [copy for key in keys if (copy := self.copies.get(key)) and not copy.high]
+        self.queue.promote_all(copies)
 
     def reprioritise(self, priorities: Mapping[int, float]) -> None:
         """Change the order of LOW copies."""
@@ -345,7 +369,7 @@ class DecisionCore:
         """
         for key in keys:
             if self._state[key] == ABSENT or key in self.parked:
-                self._queue_low(key, self.memory.layer_of[key], source, 0.0)
+                self._queue_low((key,), self.memory.layer_of[key], source, (0.0,))
 
     def reassign(self, tokens: dict[int, int]) -> None:
         """A lossy miss rule routes the event anew: assignments of the keys that it chose."""
@@ -574,6 +598,11 @@ class DecisionCore:
             self.counters.changed += len(set(keys) - set(routed))
         return routed
 
+    def _among(self, asked: Keys, hits: Keys) -> int:
+        """How many experts of ``hits``, at any precision, are ``asked`` for."""
+        own = self.shape.layers * self.shape.experts
+        return len(set(asked).intersection([key % own for key in hits]))
+
     def _settle_predictions(self, layer: int, keys: Keys) -> None:
         """The truth about ``layer`` is known: score its predictions, drop those that were wrong."""
         predicted = self._predicted[layer]
@@ -585,24 +614,21 @@ class DecisionCore:
         right = predicted.intersection(keys)
         tally.predicted_right += len(right)
         self._predicted[layer] = None
-        if self._one_pool:
-            self.guarded -= self.guard[layer]
-        self.guard[layer].clear()
+        guard = self.guard[layer]
+        if guard:
+            if self._one_pool:
+                self.guarded -= guard
+            guard.clear()
         if not self.options.preempt or not self.queue.low:
             return
         for copy in self.queue.low_of(layer):
-            if copy.key in keys or copy.key not in predicted:
+            if copy.key in right or copy.key not in predicted:
                 continue
             tally.prefetch_cancelled += 1
             if copy.sent:
                 self.queue.remove(copy)
                 self.parked[copy.key] = copy
             else:
-    def _among(self, asked: Keys, hits: Keys) -> int:
-        """How many experts of ``hits``, at any precision, are ``asked`` for."""
-        own = self.shape.layers * self.shape.experts
-        return len(set(asked).intersection([key % own for key in hits]))
-
                 self._drop(copy)
 
     def _count_used(self, keys: Keys) -> None:

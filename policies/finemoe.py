@@ -65,7 +65,7 @@ from policies.registry import Param, Params, register
 _SOURCE = "map_search"
 _DECODE = 1  # the trace's word for a decode row
 _LEAST_UNITS = 0.5
-_BLOCK_STEPS = 32
+_BLOCK_STEPS = 16
 
 
 class MapCache(CacheRule):

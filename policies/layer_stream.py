@@ -43,8 +43,7 @@ class LayerStream(Prefetcher):
     def on_ready(self, prediction: Prediction) -> None:
         """Queue it behind all that is queued."""
         super().on_ready(prediction)
-        for key in prediction.keys:
-            self.core.promote(key)
+        self.core.promote_all(prediction.keys)
 
 
 @register(

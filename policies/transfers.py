@@ -107,6 +107,14 @@ class TransferQueue:
             self.low.remove(copy)
             self.high.append(copy)
 
+    def promote_all(self, copies: Iterable[Copy]) -> None:
+        """:meth:`promote` each, in this order."""
+        for copy in copies:
+            copy.high = True
+            if copy.sent < copy.chunks:
+                self.high.append(copy)
+        self.low[:] = [copy for copy in self.low if not copy.high]
+
     def remove(self, copy: Copy) -> None:
         """Take out a copy whose remaining chunks are not wanted."""
         (self.high if copy.high else self.low).remove(copy)

@@ -88,9 +88,6 @@ class Link:
         assert copy is not None
         self._source.chunk_done(copy)
         self.room += 1
-        self._follow()
-
-    def _follow(self) -> None:
         if self._waiting:
             self._moving, nbytes, ready = self._waiting.popleft()
             self.lands = self.occupy(nbytes, ready)
