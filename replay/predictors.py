@@ -61,7 +61,9 @@ class Predictors:
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
         self._events: list[torch.cuda.Event] = []
         self.hidden: torch.Tensor | None = None
-        self._host = torch.empty((1, shape.top_k), dtype=torch.int64, pin_memory=True)
+        # The graphs write to the first for as long as they live; an eager pass has its own.
+        self._captured_ids = torch.empty((1, shape.top_k), dtype=torch.int64, pin_memory=True)
+        self._eager_ids = self._captured_ids
         for source in (NEXT_GATE, LEARNED):
             self._capture_all(source)
 
@@ -75,7 +77,7 @@ class Predictors:
             if self.hidden is None:
                 self._graphs[source, layer].replay()
             else:
-                self._predict(source, self.hidden)
+                self._predict(source, self.hidden, self._ids_for(self.hidden))
             event.record(self._stream)
 
         def ready() -> bool:
@@ -87,24 +89,27 @@ class Predictors:
         return ready
 
     def _capture_all(self, source: str) -> None:
-        self._predict(source, self._inputs[0])
+        self._predict(source, self._inputs[0], self._captured_ids)
         torch.cuda.synchronize()
         pool = torch.cuda.graph_pool_handle()
         for layer, hidden in enumerate(self._inputs):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=self._stream):
-                self._predict(source, hidden)
+                self._predict(source, hidden, self._captured_ids)
             self._graphs[source, layer] = graph
 
-    def _predict(self, source: str, hidden: torch.Tensor) -> None:
+    def _ids_for(self, hidden: torch.Tensor) -> torch.Tensor:
+        if len(hidden) > len(self._eager_ids):
+            size = (len(hidden), self._shape.top_k)
+            self._eager_ids = torch.empty(size, dtype=torch.int64, pin_memory=True)
+        return self._eager_ids[: len(hidden)]
+
+    def _predict(self, source: str, hidden: torch.Tensor, ids: torch.Tensor) -> None:
         if source == NEXT_GATE:
             scores = F.linear(hidden, self._gate)
         else:
             scores = F.linear(F.relu(F.linear(hidden, self._first)), self._second)
-        ids = scores.topk(self._shape.top_k).indices
-        if len(ids) > len(self._host):
-            self._host = torch.empty(ids.shape, dtype=torch.int64, pin_memory=True)
-        self._host[: len(ids)].copy_(ids, non_blocking=True)
+        ids.copy_(scores.topk(self._shape.top_k).indices, non_blocking=True)
 
 
 def _at_once() -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from configs.figure_style import BLUE, GREY, INK, ORANGE, STYLE, save_figure
 
@@ -81,5 +81,6 @@ def _draw(axes: Any, rows: Sequence[dict[str, Any]], name: str, title: str) -> N
         [low, high], [low * 0.95, high * 0.95], [low * 1.05, high * 1.05], color="#EEEEEE", zorder=0
     )
     for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
