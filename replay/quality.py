@@ -30,7 +30,7 @@ from policies.slots import plan_policy
 from replay.lossy import COLUMNS, LiveSignals, LossyModel, LossyRun, covered_blocks
 from replay.low_bits import low_bit_parameters
 from tracer.load_model import Loaded
-from tracer.modelinfo import expert_norms, model_geometry
+from tracer.modelinfo import expert_norms, model_geometry, refuse_not_finite
 from tracer.prompts import Prompt
 from tracer.tap import RoutingTap
 from tracer.workload import DECODE, Ragged, distinct
@@ -40,6 +40,7 @@ _FEWEST_ASIDE = 12
 _GATE_COLUMNS = ("weights", "gate_probs", "gate_norms")
 _RATIO_ERROR = 0.05  # of weights in bf16 to probabilities
 _TIE = 1e-3
+_MOST_NATS = 700.0  # exp of more is beyond a double
 
 Pieces = list[list[int]]
 Tell = Callable[[str], None]
@@ -79,15 +80,27 @@ class Scores:
         self.own_nll -= float(own.gather(-1, targets[:, None]).double().sum())
         self.nll -= float(got.gather(-1, targets[:, None]).double().sum())
         self.agreed += int((own.argmax(-1) == got.argmax(-1)).sum())
-        self.kl += float((own.exp() * (own - got)).double().sum())
+        # Tokens that the model itself bars count for nothing.
+        self.kl += float((own.exp() * (own - got)).masked_fill(own.isneginf(), 0).double().sum())
 
     def result(self) -> dict[str, float]:
         """Means."""
         return {
-            "perplexity": math.exp(self.nll / self.tokens),
+            "perplexity": perplexity(self.nll, self.tokens),
             "next_token_agreement": self.agreed / self.tokens,
             "kl_nats": self.kl / self.tokens,
         }
+
+
+def perplexity(nll: float, tokens: int) -> float:
+    """Of ``tokens`` that came with so much surprise in all, nats."""
+    mean = nll / tokens
+    if mean > _MOST_NATS:
+        raise UserError(
+            f"the tokens come with {mean:.0f} nats each, beyond any perplexity: the model's "
+            "logits are out of all proportion; are its weights whole, and the --dtype its own?"
+        )
+    return math.exp(mean)
 
 
 @dataclass
@@ -116,11 +129,14 @@ class Measured:
         }
 
 
-def measure(loaded: Loaded, texts: Sequence[Prompt], job: Job, tell: Tell) -> dict[str, Any]:
+def measure(
+    loaded: Loaded, texts: Sequence[Prompt], job: Job, tell: Tell, timed: Geometry | None = None
+) -> dict[str, Any]:
     """Run the model on ``texts``; returns what was measured, JSON-ready.
 
-    Raises UserError for a lossless policy, a model that is not covered, too little text, and a
-    budget that is too small.
+    ``timed``: of the trace that the same policy is timed on. Raises UserError for a lossless
+    policy, a model that is not covered or routes among other experts than ``timed``, logits that
+    are not finite, too little text, and a budget that is too small.
     """
     info = policies.get(job.policy)
     params, options = info.parse(job.params)
@@ -130,6 +146,8 @@ def measure(loaded: Loaded, texts: Sequence[Prompt], job: Job, tell: Tell) -> di
     model = loaded.weights()
     covered_blocks(model)
     geometry = model_geometry(model, loaded.name, loaded.revision)
+    if timed is not None:
+        _refuse_other_routing(geometry, timed)
     shape = Shape(
         geometry.num_moe_layers,
         geometry.num_experts,
@@ -166,13 +184,25 @@ def measure(loaded: Loaded, texts: Sequence[Prompt], job: Job, tell: Tell) -> di
         "kernel": tap.kernel_name,
         "dtype": geometry.expert_dtype,
         "unmodified": {
-            "perplexity": math.exp(own.own_nll / own.tokens),
+            "perplexity": perplexity(own.own_nll, own.tokens),
             "peak_bytes": _memory(geometry, job, None, None).total_bytes,
             "expert_bytes": geometry.expert_bytes_total,
         },
         "budgets": [each.result() for each in runs],
         "notes": list(runs[0].run.core.policy.notes),
     }
+
+
+def _refuse_other_routing(model: Geometry, trace: Geometry) -> None:
+    ours, theirs = (
+        f"{each.num_moe_layers} layers x {each.num_experts} experts, top-{each.top_k}"
+        for each in (model, trace)
+    )
+    if ours != theirs:
+        raise UserError(
+            f"--trace: {trace.name} has {theirs}, the model {model.name} {ours}: time it on a "
+            "trace of its own, or leave --trace out"
+        )
 
 
 def _check(info: PolicyInfo, job: Job) -> None:
@@ -365,6 +395,7 @@ def _passes(model: Any, piece: Sequence[int], chunk: int) -> Iterable[torch.Tens
 def _forward(model: Any, tokens: Sequence[int], cache: Any) -> tuple[torch.Tensor, Any]:
     ids = torch.tensor([list(tokens)], device=model.device)
     output = model(ids, past_key_values=cache, use_cache=True)
+    refuse_not_finite(output.logits)
     return output.logits[0], output.past_key_values
 
 

@@ -383,6 +383,7 @@ def test_the_command_prints_what_it_did(tmp_path):
         (["--kind", "oracle"], "--kind 'oracle' is not known; choose promoe"),
         (["--epochs", "0"], "--epochs 0"),
         (["--hidden-units", "0"], "--hidden-units 0"),
+        (["--hidden-units", "1000000000000"], "for the weights alone, and cpu has"),
         (["--seed", "-1"], "--seed -1"),
         (["--test-share", "1"], "--test-share 1"),
         (["--device", "tpu"], "--device 'tpu' is not known"),
@@ -392,7 +393,7 @@ def test_the_command_prints_what_it_did(tmp_path):
 )
 def test_options_out_of_bounds_end_in_one_line(tmp_path, options, message):
     make_learnable(tmp_path / "trace", requests=3)
-    ran = run("train-predictor", "--trace", tmp_path / "trace", *options)
+    ran = run("train-predictor", "--trace", tmp_path / "trace", "--device", "cpu", *options)
     assert isinstance(ran.exception, UserError)
     assert message in str(ran.exception)
     assert "\n" not in str(ran.exception)

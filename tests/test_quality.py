@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,12 @@ from replay.lossy import LossyModel, LossyRun  # noqa: E402
 from replay.low_bits import low_bit_parameters, rounded  # noqa: E402
 from replay.quality import Job, Recording, Scores, _choose, check_gates, measure  # noqa: E402
 from tests.driver import table  # noqa: E402
+from tests.tiny_models import build, save  # noqa: E402
 from tracer.load_model import Loaded, load_model  # noqa: E402
+from tracer.modelinfo import model_geometry  # noqa: E402
 from tracer.prompts import Prompt, read_prompts  # noqa: E402
 from tracer.tap import RoutingTap  # noqa: E402
+from tracer.trace import Trace  # noqa: E402
 
 TWINS = pytest.mark.parametrize("twin", ["olmoe-twin", "qwen2moe-twin"])
 
@@ -294,6 +298,78 @@ def test_what_cannot_be_measured_is_told(shared, texts):
         quality(loaded, texts, "swapmoe")
     with pytest.raises(BudgetTooSmall, match="8 slots in each of 16 layers"):
         quality(loaded, texts, "swapmoe", "10%")
+
+
+WORDS = [
+    Prompt(domain=None, text=" ".join(f"t{(7 * at + 3 * text) % 40}" for at in range(12)))
+    for text in range(20)
+]
+
+
+def tiny(path: Path, spoil: Callable[[Any], None]) -> Loaded:
+    """A random model with `spoil` done to it."""
+    model = build("olmoe")
+    with torch.no_grad():
+        spoil(model)
+    return load_model(save(model, path / "tiny"), "cpu", "fp32")
+
+
+def scale_head(model: Any, factor: float) -> None:
+    model.model.norm.weight *= factor
+
+
+@pytest.mark.parametrize("policy", ["swapmoe", "hobbit"])
+def test_logits_that_are_not_finite_are_refused(policy, tmp_path):
+    broken = tiny(tmp_path, lambda model: scale_head(model, float("nan")))
+    with pytest.raises(UserError, match="logits are not finite"):
+        quality(broken, WORDS, policy, "50%")
+
+
+def test_logits_that_break_at_some_tokens_are_refused(tmp_path):
+    def spoil(model: Any) -> None:
+        model.model.embed_tokens.weight[21] = float("nan")
+
+    with pytest.raises(UserError, match="logits are not finite"):
+        quality(tiny(tmp_path, spoil), WORDS, "hobbit", "50%")
+
+
+def test_logits_out_of_all_proportion_are_refused(tmp_path):
+    large = tiny(tmp_path, lambda model: scale_head(model, 1e6))
+    with pytest.raises(UserError, match="nats each, beyond any perplexity"):
+        quality(large, WORDS, "hobbit", "50%")
+
+
+def test_tokens_that_the_model_bars_count_for_nothing():
+    own = torch.tensor([[0.0, 1.0, -float("inf")]])
+    scores, plain = Scores(), Scores()
+    scores.add(own, own + torch.tensor([0.0, 0.5, 0.0]), torch.tensor([1]))
+    plain.add(own[:, :2], own[:, :2] + torch.tensor([0.0, 0.5]), torch.tensor([1]))
+    assert scores.result() == pytest.approx(plain.result())
+    assert plain.kl > 0
+
+
+def test_a_trace_of_other_sizes_is_refused_before_anything_is_measured(tmp_path):
+    loaded = tiny(tmp_path, lambda _: None)
+    job = Job("hobbit", {}, [(None, "50%")], max_tokens=24, context=12)
+    own = model_geometry(loaded.weights(), "tiny")
+    assert measure(loaded, WORDS, job, lambda _: None, own)["tokens"] > 0
+    other = Trace.open("sample").manifest.geometry
+    with pytest.raises(UserError, match=r"16 layers x 64 .* the model tiny 4 layers x 8 experts"):
+        measure(loaded, WORDS, job, lambda _: None, other)
+    for change in ({"num_experts": 9}, {"top_k": 2}):
+        with pytest.raises(UserError, match="--trace: tiny has 4 layers x"):
+            measure(loaded, WORDS, job, lambda _: None, own.model_copy(update=change))
+
+
+def test_the_command_refuses_a_trace_of_another_model(tmp_path):
+    path = save(build("olmoe"), tmp_path / "tiny")
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": each["text"]}) + "\n" for each in WORDS))
+    words = ["quality", "--model", str(path), "--policy", "hobbit", "--text", str(text)]
+    words += ["--expert-budget", "50%", "--trace", "sample", "--hardware", "rtx4090-pcie4"]
+    done = CliRunner().invoke(app, [*words, "--context", "12", "--device", "cpu"])
+    assert isinstance(done.exception, UserError)
+    assert "--trace: olmoe-twin has 16 layers x 64 experts, top-8" in str(done.exception)
 
 
 def made_up_result() -> dict[str, Any]:

@@ -520,6 +520,61 @@ def test_wrong_values_are_named_and_write_nothing(model_dir, tmp_path, changes, 
     assert not out.exists()
 
 
+@pytest.mark.parametrize("sampling", [Sampling(), WARM], ids=["greedy", "drawn"])
+def test_a_model_whose_logits_are_not_finite_is_refused(tmp_path, sampling):
+    broken = build("olmoe")
+    with torch.no_grad():
+        broken.model.norm.weight[3] = float("nan")
+    path = save(broken, tmp_path / "broken")
+    with pytest.raises(UserError, match="logits are not finite"):
+        record(path, PROMPTS, tmp_path / "out", options(sampling=sampling))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("draw", [None, partial(WARM.draw, generator=torch.Generator())])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_logits_that_break_later_end_the_recording(model, draw, broken):
+    request = Request(0, PROMPT, draw=draw)
+    passes = []
+
+    def spoil(_, __, output):
+        passes.append(output)
+        if len(passes) == 3:
+            output.logits[0, -1, 5] = broken
+
+    hook = model.register_forward_hook(spoil)
+    with RoutingTap(model, [], 0) as tap, pytest.raises(UserError, match="logits are not finite"):
+        for _ in generate_steps(model, tap, [request], 6, frozenset()):
+            pass
+    hook.remove()
+    assert len(passes) == 3
+    assert len(request.drawn) == 2
+
+
+def test_barred_tokens_are_no_fault(model):
+    def bar(_, __, output):
+        output.logits[..., 5] = -float("inf")
+
+    hook = model.register_forward_hook(bar)
+    for draw in (None, partial(WARM.draw, generator=torch.Generator())):
+        with RoutingTap(model, [], 0) as tap:
+            steps = list(
+                generate_steps(model, tap, [Request(0, PROMPT, draw=draw)], 4, frozenset())
+            )
+        assert len(steps) == 4
+    hook.remove()
+
+
+@pytest.mark.parametrize("top_k", [0, 9])
+def test_a_choice_of_no_experts_or_of_more_than_there_are_is_refused(tmp_path, top_k):
+    path = save(build("olmoe"), tmp_path / "model")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": top_k}))
+    with pytest.raises(UserError, match=rf"top-{top_k} of 8 experts is no choice: mend config"):
+        record(path, PROMPTS, tmp_path / "out", options())
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_without_experts_is_refused():
     model = build("llama", num_hidden_layers=1, intermediate_size=16)
     with pytest.raises(UserError, match="LlamaForCausalLM has no MoE layers"):

@@ -123,7 +123,21 @@ def find_moe_blocks(model: nn.Module) -> list[MoeBlock]:
             f"{type(model).__name__}: MoE layers in more than one stack; record a decoder-only"
             " model, or tap its encoder or decoder alone"
         )
+    _refuse_top_k(config, blocks[0])
     return blocks
+
+
+def _refuse_top_k(config: Any, block: MoeBlock) -> None:
+    """A choice of none, or of more experts than there are, fails in the first forward pass."""
+    owners = (block.router, block.block, *([config.get_text_config()] if config else []))
+    names = ("top_k", "num_experts_per_tok")
+    found = [getattr(owner, name, None) for owner in owners for name in names]
+    top_k = next((value for value in found if isinstance(value, int)), None)
+    if top_k is not None and not 1 <= top_k <= _logit_width(block):
+        raise UserError(
+            f"{block.name}: top-{top_k} of {_logit_width(block)} experts is no choice: mend "
+            "config.json (num_experts_per_tok)"
+        )
 
 
 def _moe_block(name: str, module: nn.Module) -> MoeBlock | None:

@@ -13,6 +13,10 @@ from configs.geometry import Geometry
 from tracer.adapters import MoeBlock, find_moe_blocks, shared_module
 from tracer.tap import RoutingTap
 
+NOT_FINITE = (
+    "the model's logits are not finite (nan or inf): its weights are broken, or overflow at this "
+    "precision; fetch them anew, or give --dtype bf16 or fp32"
+)
 SharedExperts = Literal["none", "before_gate", "after_gate"]
 _DTYPE_NAMES = {
     torch.float32: "fp32",
@@ -63,6 +67,12 @@ def model_geometry(model: Any, name: str, revision: str = "") -> Geometry:
         kv_bytes_per_token=kv_bytes,
         shared_experts=shared_experts,
     )
+
+
+def refuse_not_finite(logits: torch.Tensor) -> None:
+    """Raise UserError for nan and inf among [..., V]; minus infinity may bar a token."""
+    if not logits.is_meta and not bool(logits.amax(-1).isfinite().all()):
+        raise UserError(NOT_FINITE)
 
 
 def expert_norms(model: nn.Module) -> list[list[float]]:
@@ -161,6 +171,7 @@ def _probe(model: Any, blocks: list[MoeBlock]) -> tuple[SharedExperts, int, int]
     tap = RoutingTap(model, ())
     with tap:
         output = model(torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=True)
+        refuse_not_finite(output.logits)
         top_k = tap.top_k()
     for hook in hooks:
         hook.remove()

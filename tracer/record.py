@@ -29,7 +29,7 @@ from configs.errors import UserError
 from configs.geometry import Geometry
 from tracer.columns import DECODE, PREFILL, column_spec
 from tracer.load_model import Loaded, load_model
-from tracer.modelinfo import describe_model
+from tracer.modelinfo import NOT_FINITE, describe_model
 from tracer.prompts import Prompt, prompts_sha256
 from tracer.tap import Capture, RoutingTap, check_lookahead
 from tracer.writer import DEFAULT_SHARD_ROWS, TraceWriter, refuse_non_empty, refuse_unwritable
@@ -62,6 +62,8 @@ class Sampling:
     def draw(self, logits: torch.Tensor, generator: torch.Generator) -> int:
         """Draw a token id from `logits` [vocabulary], on the CPU so that the seed decides alone."""
         probs = torch.softmax(logits.double().cpu() / self.temperature, dim=-1)
+        if bool(probs[0].isnan()):  # nan or inf anywhere makes nan of all
+            raise UserError(NOT_FINITE)
         ranked, order = probs.sort(descending=True, stable=True)
         likely = ranked.cumsum(0) - ranked < self.top_p
         nucleus = order[likely].sort().values
@@ -214,8 +216,12 @@ def generate_steps(
 def _draw(batch: Sequence[Request], logits: torch.Tensor) -> list[int]:
     """One token a request from logits [B, vocabulary]; those of ended requests do not matter."""
     if all(request.draw is None for request in batch):
-        likely: list[int] = logits.argmax(-1).tolist()
-        return likely
+        # Fetched at once: each transfer waits for the device.
+        found = torch.stack((logits.argmax(-1), logits.amax(-1).isfinite().long())).tolist()
+        likely, finite = found
+        if not all(finite):
+            raise UserError(NOT_FINITE)
+        return list(likely)
     return [
         0 if request.ended else request.draw(row) if request.draw else int(row.argmax())
         for request, row in zip(batch, logits, strict=True)

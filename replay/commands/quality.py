@@ -93,6 +93,7 @@ def register(app: typer.Typer, simulate: Simulate) -> None:
         from replay.quality import Job, measure
         from tracer.load_model import load_model, resolve_device
         from tracer.prompts import read_prompts
+        from tracer.trace import Trace
 
         pairs = [(value, None) for value in budgets or []]
         job = Job(
@@ -104,9 +105,10 @@ def register(app: typer.Typer, simulate: Simulate) -> None:
             chunk=chunk,
             seed=seed,
         )
+        timed = None if trace is None else Trace.open(trace).manifest.geometry
         texts = read_prompts(text)
         loaded = load_model(model, resolve_device(device), dtype, trust_remote_code)
-        result = measure(loaded, texts, job, _tell)
+        result = measure(loaded, texts, job, _tell, timed)
         if trace is not None:
             point = {"hardware": hardware, "geometry": geometry, "link": link, "seed": seed}
             _add_times(result, job, simulate, trace, point)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +14,21 @@ import torch
 
 from configs.errors import UserError
 from configs.files import write_atomically
+from configs.geometry import Geometry
+from configs.units import format_bytes
 from tracer.manifest import TrainedPredictor, sha256_of
 from tracer.predictor.data import RowSource, refuse_without_gate_inputs
 from tracer.predictor.evaluate import PHASES, Accuracy, predictions, predictors_of
 from tracer.predictor.latency import measure_latency
 from tracer.predictor.model import Predictor, PredictorInfo
 from tracer.predictor.split import Split, prompt_digests, split_requests
-from tracer.predictor.train import Epoch, Recipe, default_hidden_units, train
+from tracer.predictor.train import (
+    TRAINING_BYTES,
+    Epoch,
+    Recipe,
+    default_hidden_units,
+    train,
+)
 from tracer.trace import Trace, append_column, refuse_sample
 from tracer.writer import refuse_non_empty
 
@@ -77,6 +86,7 @@ def train_predictor(
     options.check(manifest.geometry.num_moe_layers)
     refuse_without_gate_inputs(trace)
     device = resolve_device(options.device)
+    _refuse_too_wide(manifest.geometry, options, device)
     name = f"{options.kind}_s{options.stride}{SUFFIX}"
     out = options.out or trace.path / PREDICTORS_DIR / name
     _refuse_overwriting(trace, out, options)
@@ -127,6 +137,26 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return name
+
+
+def _refuse_too_wide(geometry: Geometry, options: Options, device: str) -> None:
+    """Raise UserError where weights, gradients and the optimiser's state have no room."""
+    units = options.hidden_units or 0
+    into, experts = geometry.hidden_size + 1, geometry.num_experts
+    parameters = (geometry.num_moe_layers - options.stride) * (into * units + (units + 1) * experts)
+    needed, there = TRAINING_BYTES * parameters, _memory_bytes(device)
+    if needed > there:
+        raise UserError(
+            f"--hidden-units {units}: training takes {format_bytes(needed)} for the weights alone, "
+            f"and {device} has {format_bytes(there)}: give fewer"
+        )
+
+
+def _memory_bytes(device: str) -> int:
+    """Of the device, all of it."""
+    if device == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def _refuse_overwriting(trace: Trace, out: Path, options: Options) -> None:

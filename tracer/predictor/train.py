@@ -19,6 +19,8 @@ from tracer.predictor.data import Rows, RowSource
 from tracer.predictor.model import Weights
 
 PARAMETERS_PER_LAYER = 2_000_000
+TRAINING_BYTES = 5 * 4
+"""Of a parameter: itself, the best so far, its gradient and AdamW's two means, in float32."""
 _WIDEST = 4
 _UNITS_STEP = 64
 _SMALLEST_STD = 1e-4
