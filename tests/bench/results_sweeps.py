@@ -1,72 +1,95 @@
-"""The sweeps behind docs/policies.md: every policy on every trace, and the papers' settings.
-
-All times are simulated. `derived_hardware` writes the variants of a profile that tell causes apart.
-"""
+"""The sweeps behind docs/policies.md: every policy on every trace, and what tells causes apart."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
-from configs.geometry import Geometry, load_geometry
-from configs.hardware import Hardware, list_hardware, load_hardware
+from configs.hardware import list_hardware
 from sim.compare import everything
+from sim.point import produced_by
 from sim.sweeps import PolicyChoice, SweepConfig, load_config, sweep
-from tracer.trace import Trace
+from tests.bench.results_source import Source
+from tests.bench.results_tables import by_token
+from tests.bench.results_variants import (
+    EAGER_MS,
+    at_ratio,
+    cpu_rate,
+    eager,
+    fewer_fitted,
+    free_search,
+    small_device,
+    without_first,
+)
 
-MACHINE = "rtx4090-pcie4"
-FINEMOE_MACHINE = "rtx3090-pcie4"
-LINKS = ("12GB/s", "24GB/s", "50GB/s")
-BUDGETS = ("12.5%", "25%", "37.5%", "50%", "62.5%", "75%")
-FIT_SHARE = 0.3
+MACHINE, FINEMOE_MACHINE = "rtx4090-pcie4", "rtx3090-pcie4"
+MIDDLE_LINK = "24GB/s"
 NO_CACHE = ("on-demand", "pregated", "layer-stream")
 """They use the same memory at any budget, so one budget tells all."""
 
-PUBLIC = {"olmoe-twin": "olmoe-1b-7b", "qwen2moe-twin": "qwen1.5-moe-a2.7b"}
-EAGER_MODEL, EAGER_STEP_MS = "olmoe-1b-7b", 19.0
-"""A decode step of one token in eager transformers, all resident, as measured on an H200."""
+FITTED = ("edgemoe", "moe-infinity", "moe-infinity matches=1", "static", "reuse-distance")
+"""Policies that learn from the requests set aside, by label; ``lru`` beside them learns nothing."""
+
+CPU_POLICIES = ("auto", "fiddler", "hybrid-split")
+ENOUGH_REQUESTS = 50
+PAPERS_FIT_SHARE = 0.7
 
 Frames = dict[str, pd.DataFrame]
+Planned = tuple[str, Source, SweepConfig]
 
 
 @dataclass(frozen=True)
-class Source:
-    """A trace of the page."""
+class Extent:
+    """How much is swept. ``fits``: requests set aside, beside all; ``splits``: of FineMoE's."""
 
-    trace: Trace
-    path: str
-
-    @property
-    def model(self) -> str:
-        return self.trace.manifest.model_id
-
-    @property
-    def geometry(self) -> str | None:
-        """Model to time; None: the trace's own."""
-        return PUBLIC.get(self.model)
-
-    @property
-    def timed(self) -> Geometry:
-        own = self.trace.manifest.geometry
-        return own if self.geometry is None else load_geometry(self.geometry)
-
-    def has(self, column: str) -> bool:
-        return column in self.trace.columns()
+    budgets: tuple[str, ...] = ("12.5%", "25%", "37.5%", "50%", "62.5%", "75%")
+    links: tuple[str, ...] = ("12GB/s", MIDDLE_LINK, "50GB/s")
+    promoe_budgets: tuple[str, ...] = ("25%", "50%", "75%")
+    finemoe_budgets: tuple[str, ...] = ("12.5%", "25%", "50%", "90%")
+    ratios: tuple[float, ...] = (1, 2, 3.5, 5, 8, 14, 23)
+    fits: tuple[int, ...] = (2, 10, 30)
+    cpu_gb_per_s: tuple[float, ...] = (5, 10, 20, 30, 45, 60)
+    splits: int = 3
+    machines: int = 100
 
 
-def open_source(path: str) -> Source:
-    return Source(Trace.open(path), path)
+QUICK = Extent(
+    budgets=("25%", "50%"),
+    links=(MIDDLE_LINK,),
+    promoe_budgets=("25%", "50%"),
+    finemoe_budgets=("25%", "50%"),
+    ratios=(3.5, 23),
+    fits=(2,),
+    cpu_gb_per_s=(10, 45),
+    splits=2,
+    machines=2,
+)
 
 
-def choice(name: str, **settings: Any) -> PolicyChoice:
-    return PolicyChoice(name=name, set=settings)
+def choice(text: str) -> PolicyChoice:
+    """A policy from its label: ``lru order=id``."""
+    name, *settings = text.split()
+    pairs = (setting.split("=") for setting in settings)
+    return PolicyChoice(name=name, set={key: _scalar(value) for key, value in pairs})
+
+
+def _scalar(text: str) -> str | bool | int | float:
+    if text in ("True", "False"):
+        return text == "True"
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        return text
+
+
+def choices(*labels: str) -> list[PolicyChoice]:
+    return [choice(label) for label in labels]
 
 
 def _config(source: Source, **fields: Any) -> SweepConfig:
@@ -74,173 +97,188 @@ def _config(source: Source, **fields: Any) -> SweepConfig:
         "trace": source.path,
         "geometry": source.geometry,
         "hardware": [MACHINE],
-        "fit_share": FIT_SHARE,
+        "fit_share": source.fit_share,
         **fields,
     }
     return SweepConfig(**given)
 
 
-def grid(source: Source) -> dict[str, SweepConfig]:
-    """Every policy at six budgets over three links; those without a cache at one budget."""
+# ---------------------------------------------------------------------- plans
+
+
+def grid(source: Source, extent: Extent) -> Iterator[Planned]:
+    """Every policy at all budgets over all links; those without a cache at one budget."""
     caching = [each for each in everything() if each.name not in NO_CACHE]
     # promoe goes along so that the same requests are set aside as beside the others.
-    streaming = [choice(name) for name in (*NO_CACHE, "promoe")]
-    return {
-        "grid": _config(source, policies=caching, links=LINKS, expert_budgets=BUDGETS),
-        "streams": _config(source, policies=streaming, links=LINKS, expert_budgets=BUDGETS[:1]),
-    }
+    streaming = choices(*NO_CACHE, "promoe")
+    yield (
+        "grid",
+        source,
+        _config(
+            source,
+            policies=[*caching, choice("auto cpu=False")],
+            links=extent.links,
+            expert_budgets=extent.budgets,
+        ),
+    )
+    budgets = extent.budgets[:1]
+    streams = _config(source, policies=streaming, links=extent.links, expert_budgets=budgets)
+    yield "streams", source, streams
 
 
-def machines(source: Source) -> dict[str, SweepConfig]:
+def machines(source: Source, extent: Extent) -> Iterator[Planned]:
     """Every policy on every machine over its own link, at a quarter of the experts."""
     chosen = [each for each in everything() if each.name not in NO_CACHE[1:]]
-    hardware = list_hardware()
-    return {"machines": _config(source, policies=chosen, hardware=hardware, expert_budgets=["25%"])}
+    hardware = list_hardware()[: extent.machines]
+    config = _config(source, policies=chosen, hardware=hardware, expert_budgets=["25%"])
+    yield "machines", source, config
 
 
-def promoe(source: Source, work: Path) -> dict[str, SweepConfig]:
-    """ProMoE's ablation, with our decode step and with one as slow as eager transformers."""
+def cpu_rates(source: Source, extent: Extent, work: Path) -> Iterator[Planned]:
+    """Policies that compute misses on the CPU, by the rate at which it reads experts."""
+    hardware = [cpu_rate(MACHINE, work, rate) for rate in extent.cpu_gb_per_s]
+    config = _config(
+        source,
+        policies=[choice(name) for name in (*CPU_POLICIES, "promoe")],
+        hardware=hardware,
+        links=[MIDDLE_LINK],
+        expert_budgets=["25%", "50%"],
+    )
+    yield "cpu-rates", source, config
+
+
+def fits(source: Source, extent: Extent, work: Path) -> Iterator[Planned]:
+    """Fitted policies after fewer requests; the same ones are judged."""
+    for count in extent.fits:
+        fewer = fewer_fitted(source, count, work / source.model)
+        yield f"fits-{count}", fewer, _fitted(fewer)
+    yield "fits-all", source, _fitted(source)
+
+
+def _fitted(source: Source) -> SweepConfig:
+    chosen = choices(*FITTED, "lru")
+    return _config(source, policies=chosen, links=[MIDDLE_LINK], expert_budgets=["25%"])
+
+
+def promoe(source: Source, extent: Extent, work: Path) -> Iterator[Planned]:
+    """ProMoE's ablation in our engine and at eager's pace; then by the ratio of link to compute."""
     hardware = with_eager(MACHINE, source, work)
-    chosen = load_config("promoe-ablation").policies
-    budgets = ["25%", "50%", "75%"]
+    baselines = choices("lru order=id", "lru")
+    ablation = [*baselines, *load_config("promoe-ablation").policies]
+    budgets = extent.promoe_budgets
+    chosen = [each for place, each in enumerate(ablation) if each not in ablation[:place]]
+    config = _config(source, policies=chosen, hardware=hardware, expert_budgets=budgets)
+    yield "promoe", source, config
     # What an LRU that hits nothing would take; promoe has the same requests set aside.
-    floor = [choice("on-demand"), choice("promoe")]
-    return {
-        "promoe": _config(source, policies=chosen, hardware=hardware, expert_budgets=budgets),
-        "promoe-floor": _config(source, policies=floor, hardware=hardware, expert_budgets=["50%"]),
-    }
+    floor = choices("on-demand", "promoe")
+    config = _config(source, policies=floor, hardware=hardware, expert_budgets=["50%"])
+    yield "promoe-floor", source, config
+    ratios = [at_ratio(MACHINE, source, work, ratio) for ratio in extent.ratios]
+    chosen = [*baselines, *choices("promoe", "next-gate")]
+    config = _config(source, policies=chosen, hardware=ratios, expert_budgets=["25%", "50%"])
+    yield "promoe-ratios", source, config
 
 
-def finemoe(source: Source, work: Path) -> dict[str, SweepConfig]:
-    """FineMoE and its baselines on its machine; then its parts, and what its predictions cost."""
-    baselines = load_config("finemoe-baselines")
-    free = str(free_search(FINEMOE_MACHINE, work))
-    shared = {"fit_share": baselines.fit_share}
-    parts = [
-        *(choice("finemoe", capacity=capacity) for capacity in (32, 128, 1000)),
-        *(choice("finemoe", distance=distance) for distance in (1, 2, 6)),
-        choice("finemoe", mode="online"),
-        choice("finemoe", scope="global"),
-        *(choice("accuracy-q", q=q, depth=3) for q in (0.6, 0.85, 1.0)),
-        choice("lru"),
-    ]
-    return {
-        "finemoe": _config(
-            source,
-            policies=baselines.policies,
-            hardware=with_eager(FINEMOE_MACHINE, source, work),
-            expert_budgets=baselines.expert_budgets,
-            **shared,
-        ),
-        "finemoe-parts": _config(
-            source,
-            policies=parts,
-            hardware=[FINEMOE_MACHINE],
-            expert_budgets=["25%"],
-            **shared,
-        ),
-        "finemoe-free": _config(
-            source,
-            policies=[choice("finemoe"), choice("lru")],
-            hardware=[free],
-            expert_budgets=["25%"],
-            **shared,
-        ),
-    }
+#: FineMoE's parts, and what its baselines might have been, for causes
+PARTS = (
+    "finemoe capacity=32",
+    "finemoe capacity=1000",
+    "finemoe distance=1",
+    "finemoe distance=6",
+    "finemoe mode=online",
+    "finemoe scope=global",
+    "finemoe order=id",
+    "accuracy-q depth=3 predictor=map_search q=0.6",
+    "accuracy-q depth=3 predictor=map_search q=0.85",
+    "accuracy-q depth=3 predictor=map_search q=1.0",
+    "mixtral-offloading order=id",
+    "next-gate chunks=3 order=id",
+    "moe-infinity order=id",
+    "lru order=id",
+    "lru",
+)
 
 
-def swapmoe(source: Source) -> dict[str, SweepConfig]:
-    """SwapMoE's memory and latency, beside a lossless cache of the same size."""
-    chosen = [choice(name) for name in ("swapmoe", "lru", "resident")]
-    return {"swapmoe": _config(source, policies=chosen, expert_budgets=BUDGETS)}
+def finemoe(source: Source, extent: Extent, work: Path) -> Iterator[Planned]:
+    """FineMoE and its baselines on its machine; other splits; parts; a search that is free."""
+    baselines = load_config("finemoe-baselines").policies
+    hardware = with_eager(FINEMOE_MACHINE, source, work)
+    shared: dict[str, Any] = {"fit_share": PAPERS_FIT_SHARE, "hardware": hardware}
+    budgets = extent.finemoe_budgets
+    config = _config(source, policies=baselines, expert_budgets=budgets, **shared)
+    yield "finemoe", source, config
+    for skipped in range(1, extent.splits):
+        other = without_first(source, skipped, work / source.model)
+        once = {**shared, "hardware": [FINEMOE_MACHINE], "expert_budgets": ["25%"]}
+        config = _config(other, policies=baselines, **once)
+        yield f"finemoe-split-{skipped}", other, config
+    shared["expert_budgets"] = ["25%"]
+    yield "finemoe-parts", source, _config(source, policies=choices(*PARTS), **shared)
+    shared["hardware"] = [free_search(FINEMOE_MACHINE, work)]
+    yield "finemoe-free", source, _config(source, policies=choices("finemoe", "lru"), **shared)
 
 
-# ---------------------------------------------------------------------- variants of a machine
+def swapmoe(source: Source, extent: Extent, work: Path) -> Iterator[Planned]:
+    """SwapMoE's memory and latency, beside a lossless cache of the same size and none at all."""
+    config = _config(
+        source,
+        policies=choices("swapmoe", "lru", "on-demand", "resident"),
+        hardware=[MACHINE, small_device(MACHINE, work)],
+        expert_budgets=extent.budgets,
+    )
+    yield "swapmoe", source, config
 
 
 def with_eager(name: str, source: Source, work: Path) -> list[str]:
-    """The machine, and its eager variant where the trace is of one token a step of that model."""
-    batch = source.trace.manifest.recording.sampling.get("batch_size", 1)
-    if source.geometry != EAGER_MODEL or batch != 1:
+    """The machine, and its eager variant where that was measured, for one token a step."""
+    if source.timed.name not in EAGER_MS or source.batch != 1:
         return [name]
-    return [name, str(eager(name, source, work))]
-
-
-def eager(name: str, source: Source, work: Path) -> Path:
-    """The machine with each layer's segment so long that a resident step takes eager's time."""
-    base = load_hardware(name)
-    quick = _config(source, policies=["resident"], hardware=[name], expert_budgets=["100%"])
-    resident_ms = float(sweep(quick, trace=source.trace)["tpot_ms.mean"].iloc[0])
-    layers = source.trace.manifest.geometry.num_moe_layers
-    longer = round((EAGER_STEP_MS - resident_ms) * 1e6 / layers)
-    floor = _segment_ns(base, source) + longer
-    why = f"a resident step takes {EAGER_STEP_MS:g} ms, as eager transformers"
-    return derived_hardware(base, work, f"{name}-eager", {"segment_floor_ns": floor}, why)
-
-
-def _segment_ns(base: Hardware, source: Source) -> int:
-    """Mean time of a segment: the floor, unless its bytes take longer."""
-    sizes = source.timed.segment_bytes_by_layer
-    return round(
-        sum(max(base.segment_floor_ns, size / base.gpu_bytes_per_s * 1e9) for size in sizes)
-        / len(sizes)
-    )
-
-
-def free_search(name: str, work: Path) -> Path:
-    """The machine on which a map search takes no time."""
-    base = load_hardware(name)
-    return derived_hardware(base, work, f"{name}-free-search", {}, "a search that is free")
-
-
-def derived_hardware(
-    base: Hardware, work: Path, name: str, values: dict[str, int], why: str
-) -> Path:
-    data = base.model_dump(mode="json")
-    data["name"] = name
-    for field, value in values.items():
-        data[field] = {"value": value, "source": f"what-if: {why}"}
-    if not values:
-        data["predictor_ns"]["map_search"] = {"value": 0, "source": f"what-if: {why}"}
-    path = work / "hardware" / f"{name}.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(data, sort_keys=False))
-    return path
+    return [name, eager(name, source, work)]
 
 
 # ---------------------------------------------------------------------- running
 
 
-def run(configs: dict[str, SweepConfig], source: Source, work: Path, jobs: int) -> Frames:
-    """Results by sweep, kept in ``work``; wall-clock on stderr."""
-    frames = {}
-    for name, config in configs.items():
-        begin = time.monotonic()
-        where = work / source.model / name
-        frames[name] = sweep(config, out=where, jobs=jobs, trace=source.trace)
-        seconds = time.monotonic() - begin
-        print(
-            f"{source.model} {name}: {len(frames[name])} points, {seconds:.0f} s", file=sys.stderr
-        )
-    return frames
-
-
-def run_all(sources: Sequence[Source], work: Path, jobs: int) -> dict[str, Frames]:
-    """Results by model, then by sweep. The papers' settings run where a trace has their columns."""
+def run_all(sources: Sequence[Source], extent: Extent, work: Path, jobs: int) -> dict[str, Frames]:
+    """Results by model, then by sweep. What a trace has no columns for is not planned for it."""
+    work.mkdir(parents=True, exist_ok=True)
     results: dict[str, Frames] = {}
+    begin = time.monotonic()
     for number, source in enumerate(sources):
-        planned: list[Callable[[], dict[str, SweepConfig]]] = []
-        if source.has("gate_probs"):
-            planned.append(lambda source=source: swapmoe(source))
-        if source.has("embedding"):
-            planned.append(lambda source=source: finemoe(source, work))
-        if source.has("learned_2"):
-            planned.append(lambda source=source: promoe(source, work))
-        if number == 0:
-            planned.append(lambda source=source: machines(source))
-        planned.append(lambda source=source: grid(source))
         frames: Frames = {}
-        for plan in planned:
-            frames.update(run(plan(), source, work, jobs))
+        for plan in _plans(source, first=number == 0, extent=extent, work=work):
+            for name, judged, config in plan():
+                frames[name] = _run(name, judged, config, work / source.model / name, jobs)
         results[source.model] = frames
+    print(f"all sweeps: {time.monotonic() - begin:.0f} s", file=sys.stderr)
     return results
+
+
+def _plans(
+    source: Source, *, first: bool, extent: Extent, work: Path
+) -> list[Callable[[], Iterator[Planned]]]:
+    planned: list[Callable[[], Iterator[Planned]]] = [lambda: grid(source, extent)]
+    if source.has("gate_probs"):
+        planned.append(lambda: swapmoe(source, extent, work))
+    if source.has("embedding"):
+        planned.append(lambda: finemoe(source, extent, work))
+    if source.has("learned_2"):
+        planned.append(lambda: promoe(source, extent, work))
+    if first:
+        planned.append(lambda: machines(source, extent))
+        planned.append(lambda: cpu_rates(source, extent, work))
+    if len(source.request_ids) >= ENOUGH_REQUESTS:
+        planned.append(lambda: fits(source, extent, work))
+    return planned
+
+
+def _run(name: str, source: Source, config: SweepConfig, out: Path, jobs: int) -> pd.DataFrame:
+    """One sweep, kept in ``out``; wall-clock and what is amiss on stderr."""
+    begin = time.monotonic()
+    frame = sweep(config, out=out, jobs=jobs, trace=source.trace)
+    seconds = time.monotonic() - begin
+    print(f"{source.model} {name}: {len(frame)} points, {seconds:.0f} s", file=sys.stderr)
+    made_by = set(frame.loc[frame["status"] == "ok", "produced_by.git"])
+    if made_by != {produced_by()["git"]}:
+        print(f"  {out} has rows of other versions: delete it for a page of one", file=sys.stderr)
+    return by_token(frame)
