@@ -2,7 +2,8 @@
 # make test   lint, types and tests (installs torch and transformers)
 # make exhaustive  the slow checks against brute force
 # make bench  speed, beside a plain SimPy model of the same system
-# make policies TRACES="sample DIR ..."  docs/policies.md: every policy on these traces
+# make policies TRACES="sample DIR ..." [QUALITY="FILE ..."]  docs/policies.md: every policy on these
+#   traces; QUICK=1 rehearses into out/policies-quick
 PYTHON ?= python3
 JOBS ?= 2
 DEMO ?= demo-out
@@ -47,8 +48,8 @@ bench: .venv/.full
 	$(BIN)/python -m tests.bench
 
 policies: .venv/.full
-	$(BIN)/python -m tests.bench.results_page $(addprefix --trace ,$(TRACES)) \
-	  $(addprefix --quality ,$(QUALITY)) --jobs $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.results_page $(addprefix --trace ,$(TRACES)) \
+	  $(addprefix --quality ,$(QUALITY)) --jobs $(JOBS) $(if $(QUICK),--quick)
 
 clean:
 	rm -rf .venv $(DEMO) build *.egg-info

@@ -224,8 +224,9 @@ def _words(source: Source, frames: Frames) -> str:
     prefill = [_gain(frame, TTFT, LRU_BY_ID, budget, slow) for budget in _budgets(frame)]
     return (
         f"*Decode*: the published 1.31x is reached (within 5 %) {reached}. *Prefill*: "
-        f"{between(prefill)} where 2.21x is published. The order does it, as in the paper's ablation: at 50 % "
-        f"{gain(TTFT, LRU_BY_ID)} in all, of it {gain(TTFT, LRU_CACHED_FIRST)} over LRU cached "
+        f"{between(prefill)} where 2.21x is published. The order does it, as in the paper's "
+        f"ablation: at 50 % {gain(TTFT, LRU_BY_ID)} in all, of it "
+        f"{gain(TTFT, LRU_CACHED_FIRST)} over LRU cached "
         f"first; in the order of ids LRU finds {count('prefill.hits', LRU_BY_ID)} experts in "
         f"prefill and loses {count(_COLLISIONS, LRU_BY_ID)} over the whole run before it computes "
         f"them, cached first {count(_COLLISIONS, LRU_CACHED_FIRST)}. Against a cache that loses "
