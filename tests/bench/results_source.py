@@ -50,11 +50,7 @@ class Source:
         wanted = self.judged_count
         if wanted is None:
             wanted = min(_MOST_JUDGED, max(1, round(_SHARE_JUDGED * count)))
-        return self.share_of(count, wanted)
-
-    @staticmethod
-    def share_of(count: int, judged: int) -> float:
-        return round((count - judged + 0.3) / count, 4)
+        return share_of(count, wanted)
 
     @property
     def judged(self) -> list[int]:
@@ -63,6 +59,11 @@ class Source:
 
     def has(self, column: str) -> bool:
         return column in self.trace.columns()
+
+
+def share_of(count: int, judged: int) -> float:
+    """The fit share at which so many of ``count`` requests are judged."""
+    return round((count - judged + 0.3) / count, 4)
 
 
 def open_source(path: str) -> Source:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from configs.geometry import Geometry
 from configs.hardware import Hardware, load_hardware
 from sim.inputs import set_aside
 from sim.timing import RooflineTiming
-from tests.bench.results_source import Source
+from tests.bench.results_source import Source, share_of
 from tracer.subset import Choice, subset
 from tracer.trace import Trace
 
@@ -131,25 +131,33 @@ def _replace(data: dict[str, Any], values: dict[str, Any], why: str) -> None:
 
 def fewer_fitted(source: Source, count: int, work: Path) -> Source:
     """The same requests judged, but only ``count`` of the others set aside."""
-    requests = source.request_ids
     judged = source.judged
+    kept = thinned(source.request_ids, judged, count)
+    return _kept(source, kept, work / f"fitted-{count}", len(judged))
+
+
+def thinned(requests: Sequence[int], judged: Sequence[int], count: int) -> list[int]:
+    """``judged``, and ``count`` of the others so placed that a sweep sets just those aside.
+
+    Raises ValueError where too few lie between two judged ones.
+    """
     total = count + len(judged)
-    places = set(set_aside(range(total), source.share_of(total, len(judged))))
-    gaps = _gaps(requests, judged)
-    wanted = _gaps(range(total), [place for place in range(total) if place not in places])
+    fitted = set(set_aside(range(total), share_of(total, len(judged))))
+    gaps = _gaps(requests, set(judged))
+    wanted = _gaps(range(total), set(range(total)) - fitted)
     chosen = [
         request
         for gap, need in zip(gaps, wanted, strict=True)
         for request in _spread(gap, len(need))
     ]
-    return _kept(source, sorted([*chosen, *judged]), work / f"fitted-{count}", len(judged))
+    return sorted([*chosen, *judged])
 
 
-def _gaps(requests: Sequence[int], judged: Sequence[int]) -> list[list[int]]:
+def _gaps(requests: Sequence[int], judged: Set[int]) -> list[list[int]]:
     """Requests before, between and after the judged ones."""
     gaps: list[list[int]] = [[]]
     for request in requests:
-        if request in set(judged):
+        if request in judged:
             gaps.append([])
         else:
             gaps[-1].append(request)
