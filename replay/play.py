@@ -30,7 +30,7 @@ Ints = npt.NDArray[Any]
 class ForcedStep:
     """One recorded forward step of one request: what goes in, and which experts run.
 
-    ``token_ids`` int [rows]; ``experts`` int [rows, layers, k].
+    ``token_ids`` int [rows]; ``experts`` int [rows, layers, k], None: those that the model chooses.
     """
 
     index: int
@@ -38,7 +38,7 @@ class ForcedStep:
     begins: tuple[int, ...]
     ends: tuple[int, ...]
     token_ids: Ints
-    experts: Ints
+    experts: Ints | None
 
 
 @dataclass
@@ -46,12 +46,16 @@ class Measured:
     """Wall times of the steps, ns, what the host did, and the chunks that the link carried.
 
     ``marks``: as :class:`replay.ledger.Ledger` has them. Of ``times``, segments and experts are
-    not told apart.
+    not told apart. ``tokens``: the model's greedy choice after every step, whatever text was
+    forced on it. ``logits``: [vocabulary] of every step, float32 on the host, if they were to be
+    kept.
     """
 
     times: StepTimes = field(default_factory=StepTimes)
     chunks: int = 0
     copied_bytes: int = 0
+    tokens: list[int] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)
     marks: list[tuple[int, int, int, int]] = field(default_factory=list)
 
 
@@ -117,7 +121,7 @@ class Replay:
             self.eager.driver.start_predictor = self.eager.predictors.start
 
     @torch.inference_mode()
-    def run(self, steps: Sequence[ForcedStep]) -> Measured:
+    def run(self, steps: Sequence[ForcedStep], *, keep_logits: bool = False) -> Measured:
         """Run recorded steps in order; the ids of the trace are executed."""
         measured = Measured()
         driver = self.eager.driver
@@ -127,13 +131,14 @@ class Replay:
                 late, miss = driver.stall_late_ns, driver.stall_miss_ns
                 if step.begins:
                     self._session.cache.reset()
-                if step.prefill or self._graphs is None:
-                    self._prefill(step)
-                else:
-                    self._decode(step)
+                greedy = self._prefill if step.prefill or self._graphs is None else self._decode
+                chosen, logits = greedy(step)
                 times = measured.times
                 times.begin.append(began)
                 times.end.append(driver.ledger.mark(STEP, -1))
+                measured.tokens.append(int(chosen[0]))
+                if keep_logits:
+                    measured.logits.append(logits[0].float().cpu())
                 times.stall_late.append(driver.stall_late_ns - late)
                 times.stall_miss.append(driver.stall_miss_ns - miss)
         copies = self.eager.copies
@@ -143,23 +148,27 @@ class Replay:
         self._core.finish()
         return measured
 
-    def _prefill(self, step: ForcedStep) -> None:
+    def _prefill(self, step: ForcedStep) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = torch.from_numpy(step.token_ids[None].astype(np.int64)).to(self._session.device)
         engine = self.eager
-        engine.forced = [step.experts[:, layer] for layer in range(step.experts.shape[1])]
+        engine.forced = None if step.experts is None else list(step.experts.transpose(1, 0, 2))
         with engine:
             engine.begin_step(step.index, "prefill" if step.prefill else "decode", step.begins)
-            self._session.ready.model(
+            output = self._session.ready.model(
                 tokens, past_key_values=self._session.cache, use_cache=True, logits_to_keep=1
             )
+            logits: torch.Tensor = output.logits[:, -1]
+            greedy = logits.argmax(-1)
             engine.end_step(step.ends)
+        return greedy, logits
 
-    def _decode(self, step: ForcedStep) -> None:
+    def _decode(self, step: ForcedStep) -> tuple[torch.Tensor, torch.Tensor]:
         graphs = self._graphs
         assert graphs is not None
         graphs.step.token.fill_(int(step.token_ids[0]))
-        graphs.forced = step.experts.transpose(1, 0, 2)
+        graphs.forced = None if step.experts is None else step.experts.transpose(1, 0, 2)
         graphs.decode(step.index, step.begins, step.ends)
+        return graphs.step.next_on_host, graphs.step.logits
 
     def _graph_engine(self) -> GraphEngine:
         from replay.graphs import GraphEngine, GroupLaunches, require_kernels

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from configs.errors import UserError
+from configs.files import prepare_directory
 from configs.units import format_bytes
 
 #: one simulated point as a row of a data frame, such as :func:`sim.simulate`
@@ -106,17 +107,19 @@ def register(app: typer.Typer, simulate: Simulate) -> None:
             seed=seed,
         )
         timed = None if trace is None else Trace.open(trace).manifest.geometry
+        if figure is not None:
+            prepare_directory(figure.parent, "--figure")
         texts = read_prompts(text)
         loaded = load_model(model, resolve_device(device), dtype, trust_remote_code)
         result = measure(loaded, texts, job, _tell, timed)
         if trace is not None:
             point = {"hardware": hardware, "geometry": geometry, "link": link, "seed": seed}
             _add_times(result, job, simulate, trace, point)
-        paths = _draw(result, figure) if figure is not None else []
         for note in result["notes"]:
             print(f"moesim: note: {note}", file=sys.stderr)
         print(json.dumps(result, indent=2, allow_nan=False) if as_json else _table(result))
-        for path in paths:
+        # Last: what took long has been printed, should another figure be there.
+        for path in _draw(result, figure) if figure is not None else []:
             print(f"figure: {path}", file=sys.stderr)
 
     app.command("quality")(quality_command)

@@ -1,0 +1,133 @@
+"""On a GPU: what a policy brings into the slots is what the model computes with.
+
+`MOESIM_TWIN=DIR pytest -m gpu tests/test_replay_gpu.py` runs a checkpoint of 16 x 64, top-8 or
+24 x 60, top-4; the sample's routing drives the first, `MOESIM_TRACE=DIR` another.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import policies  # noqa: E402
+from policies.errors import PolicyError  # noqa: E402
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA GPU here"),
+]
+ROWS = 260
+BUDGETS = ("12.5%", "25%", "50%")
+
+
+def lossless_on_gpu() -> list[str]:
+    """Causal or not: all that copy every miss, and change nothing."""
+    found = []
+    for name in policies.names():
+        info = policies.get(name)
+        if info.lossless and not info.needs_all and name not in ("auto", "fiddler", "hybrid-split"):
+            found.append(name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def twin() -> Iterator[Any]:
+    from replay.model import from_checkpoint
+
+    path = os.environ.get("MOESIM_TWIN")
+    if path is None:
+        pytest.skip("MOESIM_TWIN names no checkpoint")
+    ready = from_checkpoint(Path(path), "cuda")
+    yield ready
+    ready.close()
+
+
+@pytest.fixture(scope="module")
+def inputs() -> Any:
+    from sim.inputs import Inputs
+    from tracer.trace import Trace
+
+    trace = Trace.open(os.environ.get("MOESIM_TRACE", "sample"))
+    return Inputs(trace, max_tokens=ROWS, fit_share=0.4)
+
+
+@pytest.fixture(scope="module")
+def session(twin: Any, inputs: Any) -> Any:
+    from replay.play import Session
+
+    return Session(twin, inputs.workload("last-use").max_context)
+
+
+def run(session: Any, inputs: Any, policy: str, budget: str | None) -> Any:
+    from replay.point import replay_point
+    from sim.point import Point
+
+    point = Point(policy=policy, hardware="h200-pcie5", expert_budget=budget)
+    return replay_point(session, inputs, point)
+
+
+@pytest.fixture(scope="module")
+def resident(session: Any, inputs: Any) -> Any:
+    return run(session, inputs, "resident", None)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("policy", lossless_on_gpu())
+def test_greedy_tokens_are_those_of_the_resident_model(
+    session: Any, inputs: Any, resident: Any, policy: str, budget: str
+) -> None:
+    from replay.point import predict_point
+    from tests.machines import FlatTiming
+
+    try:
+        found = run(session, inputs, policy, budget)
+    except PolicyError as error:
+        pytest.skip(str(error))
+    assert found.measured.tokens == resident.measured.tokens
+    info = policies.get(policy)
+    if not (info.time_dependent or info.prefetches):
+        core, _ = predict_point(
+            inputs,
+            found.setting.point,
+            FlatTiming(),
+            expert_bytes=session.ready.layout.nbytes,
+        )
+        assert found.log == [entry for entry in core.log or () if entry[0] != "landed"]
+        assert found.core.tally == core.tally
+
+
+def test_logits_are_near_those_of_the_unmodified_model(twin: Any, session: Any) -> None:
+    """Its own routing, token by token, against transformers' eager run of the same text."""
+    from transformers import AutoModelForCausalLM
+
+    from replay.play import ForcedStep, Replay
+    from tests.test_replay import make_core
+
+    tokens = np.arange(40, 104)
+    steps = [
+        ForcedStep(index, False, (0,) if index == 0 else (), (), tokens[index : index + 1], None)
+        for index in range(len(tokens))
+    ]
+    replay = Replay(session, make_core(twin, "lru", 0.25))
+    measured = replay.run(steps, keep_logits=True)
+    whole = AutoModelForCausalLM.from_pretrained(
+        os.environ["MOESIM_TWIN"], dtype=torch.bfloat16, device_map="cuda"
+    ).eval()
+    with torch.inference_mode():
+        expected = whole(torch.from_numpy(tokens)[None].cuda()).logits[0].float().cpu()
+    found = torch.stack(measured.logits)
+    gap = (found - expected).abs()
+    # Rounding in bfloat16 of sums in another order: 8 bits of mantissa of the largest logits.
+    assert float(gap.max()) <= 0.05 * float(expected.abs().max())
+    greedy, best = found.argmax(-1), expected.argmax(-1)
+    apart = torch.nonzero(greedy != best).flatten().tolist()
+    margins = [float(expected[at, best[at]] - expected[at, greedy[at]]) for at in apart]
+    print(f"largest gap {float(gap.max()):.4f}, tokens apart {apart}, margins {margins}")
+    assert all(margin <= 2 * float(gap.max()) for margin in margins)

@@ -1,0 +1,140 @@
+"""Points on a plain CPU: the same texts whatever is kept, the same decisions, and the commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from typer.testing import CliRunner  # noqa: E402
+
+import cli  # noqa: E402
+from configs.errors import UserError  # noqa: E402
+from replay.model import ReplayModel, from_checkpoint  # noqa: E402
+from replay.play import Session  # noqa: E402
+from replay.point import Replayed, decisions, predict_point, replay_point  # noqa: E402
+from sim.inputs import Inputs  # noqa: E402
+from sim.point import Point  # noqa: E402
+from tests.machines import FlatTiming  # noqa: E402
+from tests.traces import make_trace  # noqa: E402
+from tracer.trace import Trace  # noqa: E402
+
+ROWS = 54  # a prefill of 49 tokens, and 5 steps
+
+
+@pytest.fixture(scope="module")
+def twin(shared: Path) -> Iterator[ReplayModel]:
+    ready = from_checkpoint(shared / "models" / "olmoe-twin", "cpu")
+    yield ready
+    ready.close()
+
+
+@pytest.fixture(scope="module")
+def inputs() -> Inputs:
+    return Inputs(Trace.open("sample"), max_tokens=ROWS)
+
+
+@pytest.fixture(scope="module")
+def session(twin: ReplayModel, inputs: Inputs) -> Session:
+    return Session(twin, inputs.workload("last-use").max_context)
+
+
+@pytest.fixture(scope="module")
+def resident(session: Session, inputs: Inputs) -> Replayed:
+    return replay_point(session, inputs, Point(policy="resident", hardware="h200-pcie5"))
+
+
+def point(policy: str, budget: str, **given: Any) -> Point:
+    return Point(policy=policy, params=given, hardware="h200-pcie5", expert_budget=budget)
+
+
+@pytest.mark.parametrize(
+    ("policy", "budget", "given"),
+    [
+        ("lru", "12.5%", {}),
+        ("belady", "25%", {}),
+        ("next-gate", "25%", {"chunks": 3, "depth": 2}),
+        ("pregated", "25%", {}),
+    ],
+)
+def test_whatever_is_kept_the_model_says_the_same(
+    session: Session,
+    inputs: Inputs,
+    resident: Replayed,
+    policy: str,
+    budget: str,
+    given: dict[str, Any],
+) -> None:
+    found = replay_point(session, inputs, point(policy, budget, **given))
+    assert found.measured.tokens == resident.measured.tokens
+    assert len(set(found.measured.tokens)) > 1
+    assert found.result["copied_bytes_measured"] == found.core.tally.copied_bytes > 0
+    assert found.result["timing"] == "measured"
+    parts = found.result["breakdown_ms"]
+    told = sum(value for name, value in parts.items() if not name.startswith("stall"))
+    assert told == pytest.approx(found.result["itl_ms"]["mean"], rel=0.02)
+
+
+def test_the_simulator_decides_what_the_device_decided(session: Session, inputs: Inputs) -> None:
+    found = replay_point(session, inputs, point("lru", "25%"))
+    nbytes = session.ready.layout.nbytes
+    core, told = predict_point(inputs, point("lru", "25%"), FlatTiming(), expert_bytes=nbytes)
+    assert found.log == decisions(core)
+    assert told["decode"] == found.result["decode"]
+    assert len(told["step_ms"]) == len(found.measured.times.end)
+
+
+def test_what_the_engine_cannot_run_is_said(session: Session, inputs: Inputs) -> None:
+    with pytest.raises(UserError, match="fiddler does not copy every miss"):
+        replay_point(
+            session,
+            Inputs(Trace.open("sample"), max_tokens=200, fit_share=0.5),
+            point("fiddler", "25%"),
+        )
+    with pytest.raises(UserError, match="--link-scale emulates a slower link on CUDA only"):
+        replay_point(session, inputs, point("lru", "25%"), link_scale=2.0)
+
+
+def test_a_trace_of_batches_is_refused(session: Session, tmp_path: Path) -> None:
+    trace = make_trace(tmp_path / "batches", batch=2)
+    with pytest.raises(UserError, match="up to 2 requests in a step"):
+        replay_point(session, Inputs(trace), point("lru", "4/layer"))
+
+
+def test_the_command_tells_what_it_measured(shared: Path) -> None:
+    model = str(shared / "models" / "olmoe-twin")
+    options = "--trace sample --policy lru --hardware h200-pcie5 --max-tokens 52 --device cpu"
+    command = ["replay", "--model", model, *options.split(), "--expert-budget", "25%"]
+    told = CliRunner().invoke(cli.app, command)
+    assert told.exit_code == 0, told.output
+    assert "256 expert slots" in told.output
+    assert "Weights are the checkpoint's." in told.output
+    as_json = CliRunner().invoke(cli.app, [*command, "--json"])
+    result = json.loads(as_json.stdout)
+    assert (result["weights"], result["device"], result["timing"]) == (
+        "checkpoint",
+        "cpu",
+        "measured",
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("", "give --model DIRECTORY or --geometry NAME"),
+        ("--geometry olmoe-1b-7b --link-scale 0.5", "--link-scale 0.5"),
+        ("--geometry olmoe-1b-7b --device cuda", "PyTorch sees no GPU here"),
+    ],
+)
+def test_bad_options_are_one_line(options: str, said: str) -> None:
+    if torch.cuda.is_available() and "cuda" in options:
+        pytest.skip("there is a GPU")
+    base = "replay --trace sample --policy lru --hardware h200-pcie5 --expert-budget 25%"
+    told = CliRunner().invoke(cli.app, [*base.split(), *options.split()])
+    assert isinstance(told.exception, UserError)
+    assert said in str(told.exception)
