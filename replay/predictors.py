@@ -68,14 +68,17 @@ class Predictors:
             self._capture_all(source)
 
     def start(self, prediction: Prediction, layer: int) -> Ready:
-        """Begin what the gate of ``layer`` makes known; the test tells whether it is there."""
+        """Begin what the gate of ``layer`` makes known; the test tells whether it is there.
+
+        -1: known as the step begins; the work is that of layer 0.
+        """
         source = prediction.source
         if source not in (NEXT_GATE, LEARNED):
             return _at_once
         event = self._events.pop() if self._events else torch.cuda.Event()
         with torch.cuda.stream(self._stream):
             if self.hidden is None:
-                self._graphs[source, layer].replay()
+                self._graphs[source, max(layer, 0)].replay()
             else:
                 self._predict(source, self.hidden, self._ids_for(self.hidden))
             event.record(self._stream)
