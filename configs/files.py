@@ -23,6 +23,19 @@ def prepare_figure(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
+def prepare_directory(path: Path, option: str) -> None:
+    """Make the directory of what is written at the end of a long run, now.
+
+    Raises UserError where it cannot be made or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{option}: {path} is no directory: name another") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{option}: {path} cannot be written to: name another")
+
+
 def draft_of(path: Path) -> Path:
     """The hidden name beside `path` under which `write_atomically` prepares it."""
     return path.with_name(f".{path.name}.tmp")

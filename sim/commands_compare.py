@@ -11,6 +11,7 @@ import typer
 from pydantic import ValidationError
 
 from configs.errors import UserError
+from configs.files import prepare_directory
 
 
 def register(app: typer.Typer) -> None:
@@ -77,7 +78,7 @@ def compare_command(
     Example: moesim compare sample --geometry olmoe-1b-7b --hardware rtx4090-pcie4
     --policies lru,slru,next-gate --budgets 25%,50%
     """
-    from sim.compare import choices_of, compare, config_of, render
+    from sim.compare import choices_of, compare, config_of, leave_out, render
     from sim.sweeps import sweep
     from tracer.trace import Trace
 
@@ -99,9 +100,12 @@ def compare_command(
     opened = Trace.open(trace)
     for note in opened.notes:
         print(f"moesim: note: {note}", file=sys.stderr)
+    config, left_out = leave_out(config, opened)
+    if figure is not None:
+        _check_figure(config, figure)
     with _Progress() as progress:
         frame = sweep(config, out=out, jobs=jobs, trace=opened, progress=progress.tell)
-    comparison = compare(frame)
+    comparison = compare(frame, left_out)
     if as_json:
         print(json.dumps(comparison.to_dict(), indent=2, allow_nan=False))
     else:
@@ -128,6 +132,22 @@ def _listed(option: str, text: str | None) -> tuple[str, ...]:
     if not all(items):
         raise UserError(f"{option} {text!r} has an empty entry: give values by commas")
     return items
+
+
+def _check_figure(config: Any, figure: Path) -> None:
+    """What would keep the figure from being drawn, before anything is computed."""
+    from sim.plots_rankings import refuse_rankings
+
+    contested = {point.label for point in config.points() if _is_ranked(point.policy)}
+    refuse_rankings(len(contested), max(1, len(config.links)) * len(config.hardware))
+    prepare_directory(figure.parent, "--figure")
+
+
+def _is_ranked(policy: str) -> bool:
+    from policies import get
+
+    info = get(policy)
+    return info.lossless and not info.oracle and not info.needs_all
 
 
 def _draw(frame: Any, figure: Path) -> None:

@@ -14,6 +14,7 @@ import pandas as pd
 
 import policies
 from configs.errors import UserError
+from sim.inputs import Inputs, TraceSource
 from sim.ranking import POLICY_LIMITED_FROM, TIE_MARGIN, rank_points
 from sim.selection import RESIDENT, is_estimated, link_name, prepare
 from sim.sweeps import PolicyChoice, SweepConfig
@@ -141,8 +142,47 @@ def _choice(item: str) -> PolicyChoice:
     return PolicyChoice(name=name, set={key: value for key, _, value in pairs})
 
 
-def compare(frame: pd.DataFrame) -> Comparison:
-    """Tables of a sweep's frame (all its columns).
+def leave_out(
+    config: SweepConfig, trace: TraceSource
+) -> tuple[SweepConfig, tuple[NotRunnable, ...]]:
+    """The sweep without policies that would leave no request to judge anybody on, and those.
+
+    Such are policies that learn, on a trace of one request, and learned columns whose predictor all
+    requests trained. One policy more is taken, in order, as long as somebody is left to judge.
+    """
+    if _no_requests(config, trace) is None:
+        return config, ()
+    kept = [choice for choice in config.policies if not (choice.learns or choice.learned)]
+    left: list[NotRunnable] = []
+    for choice in config.policies:
+        if choice in kept:
+            continue
+        tried = config.model_copy(update={"policies": (*kept, choice)})
+        why = _no_requests(tried, trace)
+        if why is None:
+            kept.append(choice)
+        else:
+            left.append(NotRunnable(tried.points()[-1].label, why))
+    chosen = tuple(choice for choice in config.policies if choice in kept)
+    return config.model_copy(update={"policies": chosen}), tuple(left)
+
+
+def _no_requests(config: SweepConfig, trace: TraceSource) -> str | None:
+    """Why nobody can be judged; None: somebody can."""
+    try:
+        Inputs(
+            trace,
+            max_tokens=config.max_tokens,
+            fit_share=config.judged_fit_share,
+            learned=config.learned,
+        )
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def compare(frame: pd.DataFrame, left_out: Sequence[NotRunnable] = ()) -> Comparison:
+    """Tables of a sweep's frame (all its columns); ``left_out`` of it from the start.
 
     A policy all of whose points failed is not runnable here, for the reason of the first; points
     that failed beside others of their policy, and faults of ours, are ``failed``. Raises UserError
@@ -152,7 +192,8 @@ def compare(frame: pd.DataFrame) -> Comparison:
     if not (frame["status"] == "ok").any():
         raise UserError(f"no policy could run; the first: {(*map(str, missing), *failed)[0]}")
     points = prepare(frame)
-    return Comparison(tuple(_tables(points)), missing, failed, is_estimated(points))
+    tables = tuple(_tables(points))
+    return Comparison(tables, (*left_out, *missing), failed, is_estimated(points))
 
 
 def _split_failures(frame: pd.DataFrame) -> tuple[tuple[NotRunnable, ...], tuple[str, ...]]:

@@ -141,8 +141,9 @@ class Inputs:
         if not 0 < len(self.fitted_on) < len(present):
             raise UserError(
                 f"{len(present)} request(s) cannot be split into a fitted and a judged part with a "
-                f"share of {self.fit_share:g}: use a longer trace, a larger --max-tokens, or "
-                "policies that need no fitting"
+                f"share of {self.fit_share:g}: use a longer trace, a larger --max-tokens, "
+                "policies that need no fitting, or --fit-share 0 for one that can begin with "
+                "nothing (mode=online)"
             )
 
     def _trained_on(self, column: str) -> set[int]:

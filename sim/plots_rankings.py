@@ -40,15 +40,20 @@ def draw_rankings(frame: pd.DataFrame, out_dir: str | Path, name: str = "ranking
     """
     points = contestants(prepare(frame))
     names = systems(points)
-    if points["label"].nunique() < 2:
-        raise UserError("a ranking needs two causal, lossless policies: sweep more of them")
-    if len(names) > _MOST_PANELS:
-        raise UserError(
-            f"a figure of rankings has room for {_MOST_PANELS} links or machines, not "
-            f"{len(names)}: sweep fewer"
-        )
+    refuse_rankings(points["label"].nunique(), len(names))
     with matplotlib.rc_context(STYLE):
         return save_figure(_figure(points, names), Path(out_dir), name)
+
+
+def refuse_rankings(contestants: int, systems: int) -> None:
+    """Raise UserError where so many policies on so many links and machines make no figure."""
+    if contestants < 2:
+        raise UserError("a ranking needs two causal, lossless policies: sweep more of them")
+    if systems > _MOST_PANELS:
+        raise UserError(
+            f"a figure of rankings has room for {_MOST_PANELS} links or machines, not "
+            f"{systems}: sweep fewer"
+        )
 
 
 def contestants(points: pd.DataFrame) -> pd.DataFrame:

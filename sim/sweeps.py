@@ -70,6 +70,18 @@ class PolicyChoice(BaseModel):
     name: str
     set: dict[str, Scalar] = Field(default_factory=dict)
 
+    @property
+    def learns(self) -> bool:
+        """Whether requests must be set aside for it to learn from."""
+        info = policies.get(self.name)
+        return info.learns(info.parse(self.set)[1])
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """Learned columns that it reads."""
+        info = policies.get(self.name)
+        return learned_among(info.all_columns(info.parse(self.set)[0]))
+
     @field_validator("set", mode="before")
     @classmethod
     def _scalars(cls, given: Any) -> Any:
@@ -122,12 +134,12 @@ class SweepConfig(BaseModel):
         """Share of the requests set aside for fitted policies."""
         if self.fit_share is not None:
             return self.fit_share
-        return DEFAULT_FIT_SHARE if any(map(_learns, self.policies)) else 0.0
+        return DEFAULT_FIT_SHARE if any(choice.learns for choice in self.policies) else 0.0
 
     @property
     def learned(self) -> tuple[str, ...]:
         """Learned columns that any policy reads, sorted."""
-        return tuple(sorted({name for choice in self.policies for name in _learned(choice)}))
+        return tuple(sorted({name for choice in self.policies for name in choice.learned}))
 
     def check(self) -> None:
         """Raise for what would fail every point of a kind: names, parameters, units."""
@@ -185,16 +197,6 @@ class SweepConfig(BaseModel):
         if self.budgets:
             return [(budget, None) for budget in self.budgets]
         return [(None, budget) for budget in self.expert_budgets]
-
-
-def _learns(choice: PolicyChoice) -> bool:
-    info = policies.get(choice.name)
-    return info.learns(info.parse(choice.set)[1])
-
-
-def _learned(choice: PolicyChoice) -> tuple[str, ...]:
-    info = policies.get(choice.name)
-    return learned_among(info.all_columns(info.parse(choice.set)[0]))
 
 
 def load_config(name_or_path: str | Path) -> SweepConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from sim.compare import (
     compare,
     config_of,
     everything,
+    leave_out,
     render,
     verdict_of,
 )
@@ -32,6 +34,8 @@ from sim.selection import prepare
 from sim.sweeps import PolicyChoice
 from tests.bench.results_tables import change, geometric_mean, markdown, times
 from tests.traces import make_trace
+from tracer.manifest import TrainedPredictor, read_manifest, write_manifest
+from tracer.trace import Trace
 
 POLICIES = "lru,slru,next-gate,hybrid-split,promoe"
 
@@ -255,6 +259,84 @@ def test_the_command_prints_what_the_sweep_says(
     assert {path.name for path in tmp_path.iterdir()} == {"rank.png", "rank.svg"}
     assert run(monkeypatch, *words) == 0
     assert capsys.readouterr().out == render(comparison) + "\n"
+
+
+def test_policies_that_leave_nobody_to_judge_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = ("weights", "lookahead_1", "gate_probs")
+    one = make_trace(tmp_path / "one", requests=1, prompt=4, output=10, columns=columns).path
+    words = ["--hardware", "rtx4090-pcie4", "--budgets", "50%"]
+    assert run(monkeypatch, "compare", one, *words, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    ran = {row["policy"] for row in found["tables"][0]["rows"]}
+    assert {"lru", "next-gate", "score-ema", "belady-bypass"} <= ran
+    why = {each["policy"]: each["why"] for each in found["not_runnable"]}
+    assert {"static", "moe-infinity", "swapmoe"} <= set(why)
+    assert why["static"].startswith("1 request(s) cannot be split")
+    assert "--fit-share 0" in why["moe-infinity"]
+    assert not ran & set(why)
+    assert not found["failed"]
+
+
+def test_a_column_that_all_requests_trained_is_left_out_alone(tmp_path: Path) -> None:
+    trace = make_trace(tmp_path / "t", requests=4, output=10, columns=("weights", "learned_2"))
+    predictor = TrainedPredictor(
+        column="learned_2",
+        kind="promoe",
+        stride=2,
+        hidden_units=1,
+        seed=0,
+        trained_requests=(0, 1, 2, 3),
+        weights_file="predictors/promoe_s2.safetensors",
+        weights_sha256="0" * 64,
+    )
+    manifest = read_manifest(trace.path)
+    write_manifest(trace.path, manifest.model_copy(update={"predictors": (predictor,)}))
+    config = config_of(
+        str(trace.path),
+        hardware=("rtx4090-pcie4",),
+        policies=choices_of("promoe,static,lru"),
+        expert_budgets=("50%",),
+    )
+    kept, left = leave_out(config, Trace.open(trace.path))
+    assert [choice.name for choice in kept.policies][:2] == ["static", "lru"]
+    assert [each.policy for each in left] == ["promoe"]
+    assert left[0].why.startswith("all 4 requests read trained the predictor of learned_2")
+    found = compare(sweep(kept), left)
+    assert found.not_runnable == left
+    assert {"static", "lru"} <= {row["policy"] for row in found.tables[0].rows}
+    without = config.model_copy(update={"policies": config.policies[1:]})
+    assert leave_out(without, Trace.open(trace.path)) == (without, ())
+
+
+@pytest.mark.parametrize(
+    ("policies", "links", "place", "message"),
+    [
+        ("lru", "24GB/s", "rank", "needs two causal, lossless policies"),
+        ("lru,swapmoe", "24GB/s", "rank", "needs two causal, lossless policies"),
+        ("lru,slru", "1,2,3,4,5", "rank", "room for 4 links or machines, not 5"),
+        ("lru,slru", "24GB/s", "file/rank", "--figure: .*file is no directory"),
+    ],
+)
+def test_a_figure_that_cannot_be_is_refused_before_anything_is_computed(
+    trace_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    policies: str,
+    links: str,
+    place: str,
+    message: str,
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    words = ["compare", trace_dir, "--hardware", "rtx4090-pcie4", "--policies", policies]
+    words += ["--links", links, "--figure", tmp_path / place]
+    monkeypatch.setattr("sim.sweeps.sweep", pytest.fail)
+    assert run(monkeypatch, *words) == 2
+    printed = capsys.readouterr()
+    assert re.search(message, printed.err)
+    assert not printed.out
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,16 @@ def test_an_npz_without_rows_is_refused(tmp_path: Path) -> None:
     refuse(import_npz, tmp_path / "src.npz", "gpt-oss-20b", "holds no rows")
 
 
+def test_nobody_is_told_to_unpickle(tmp_path: Path) -> None:
+    text, objects = tmp_path / "text.npz", tmp_path / "objects.npz"
+    text.write_text("request,experts\n0,1\n")
+    np.savez(objects, **npz_arrays() | {"dataset": np.array([{}], object)})
+    for path, reason in ((text, "no archive, or cut off"), (objects, "it holds Python objects")):
+        with pytest.raises(UserError, match=reason) as refused:
+            import_npz(path, "gpt-oss-20b", tmp_path / "out")
+        assert "pickle" not in str(refused.value)
+
+
 @pytest.mark.parametrize("keep", [0, 30, 2000, -20])
 def test_an_npz_cut_off_is_refused(tmp_path: Path, keep: int) -> None:
     np.savez_compressed(tmp_path / "src.npz", **npz_arrays())

@@ -433,6 +433,21 @@ def test_the_command_prints_one_object_and_draws(shared, texts, tmp_path):
     assert (tmp_path / "front.svg").exists()
 
 
+def test_another_figure_in_the_way_does_not_cost_the_result(tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": each["text"]}) + "\n" for each in WORDS))
+    path = save(build("olmoe"), tmp_path / "tiny")
+    (tmp_path / "front.svg").write_text("another")
+    words = ["quality", "--model", str(path), "--policy", "hobbit", "--text", str(text)]
+    words += ["--expert-budget", "50%", "--context", "12", "--device", "cpu", "--max-tokens", "24"]
+    done = CliRunner().invoke(app, [*words, "--figure", str(tmp_path / "front")])
+    assert "another figure is there" in str(done.exception)
+    assert "perplexity" in done.stdout
+    done = CliRunner().invoke(app, [*words, "--figure", str(text / "front")])
+    assert "--figure: " in str(done.exception)
+    assert not done.stdout
+
+
 def test_the_command_says_what_goes_together(tmp_path):
     base = ["quality", "--model", "none", "--policy", "swapmoe", "--text", str(tmp_path)]
     for extra, told in (

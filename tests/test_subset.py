@@ -9,7 +9,7 @@ import pytest
 
 from configs.errors import UserError
 from tests.traces import make_trace
-from tracer.commands.subset import _parse_requests
+from tracer.commands.subset import _parse_requests, subset_command
 from tracer.manifest import TrainedPredictor, read_manifest, write_manifest
 from tracer.subset import Choice, subset
 from tracer.trace import Trace
@@ -112,6 +112,13 @@ def test_a_part_of_a_recording_that_broke_off_says_so(tmp_path: Path) -> None:
     write_manifest(whole.path, broken)
     part = subset(Trace.open(whole.path), tmp_path / "part", Choice(requests=(1,)))
     assert "a recording that broke off" in part.manifest.recording.notes
+
+
+@pytest.mark.parametrize("drop", ["", "weights,,gate_probs", ","])
+def test_columns_to_drop_are_named(tmp_path: Path, drop: str) -> None:
+    with pytest.raises(UserError, match=r"--drop .* has an empty entry"):
+        subset_command("sample", tmp_path / "out", drop=drop)
+    assert not (tmp_path / "out").exists()
 
 
 def test_ranges_of_requests() -> None:

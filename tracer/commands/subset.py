@@ -39,7 +39,9 @@ def subset_command(
     from tracer.subset import Choice, subset
     from tracer.trace import Trace
 
-    dropped = [name.strip() for name in (drop or "").split(",") if name.strip()]
+    dropped = [] if drop is None else [name.strip() for name in drop.split(",")]
+    if not all(dropped):
+        raise UserError(f"--drop {drop!r} has an empty entry: give columns by commas")
     choice = Choice(
         requests=None if requests is None else _parse_requests(requests),
         drop=tuple(name for name in dropped if name != "timings"),

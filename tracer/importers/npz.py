@@ -59,6 +59,8 @@ def import_npz(src: str | Path, model: str, out: str | Path) -> None:
 def _read(src: Path) -> Arrays:
     if not src.is_file():
         raise UserError(f"{src}: no such file; name the .npz file to import")
+    if not zipfile.is_zipfile(src):
+        raise UserError(f"{src}: not a readable .npz file (no archive, or cut off); restore it")
     try:
         with src.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             missing = [name for name in _FIELDS if name not in archive]
@@ -73,6 +75,8 @@ def _read(src: Path) -> Arrays:
         TypeError,
     ) as error:
         reason = " ".join(str(error).split())
+        if "pickle" in reason:  # numpy's advice is to load it nevertheless
+            reason = "it holds Python objects, which are not loaded"
         raise UserError(f"{src}: not a readable .npz file ({reason}); restore it") from error
     if missing:
         raise UserError(f"{src}: array {missing[0]!r} is missing; it needs {', '.join(_FIELDS)}")
