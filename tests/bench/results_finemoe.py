@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pandas as pd
 
@@ -37,6 +37,7 @@ PUBLISHED = (
 )
 _COLUMNS = (TIME, TTFT, HITS)
 _WORDS = {TIME: "ms a token", TTFT: "TTFT", HITS: "decode hit rate"}
+_NEAR_POINTS = 5
 _NO_HITS = 0.05  # a hit rate below which a ratio says nothing
 _AT = "25%"
 _PREDICTOR = "accuracy-q depth=3 predictor=map_search"
@@ -198,12 +199,18 @@ def _causes(frames: Frames, infinity: str) -> str:
     return "\n\n".join(lines)
 
 
-def verdict(frames: Frames) -> Callable[[str], str]:
-    """For the summary: the range of time changes against a baseline, over budgets and engines."""
+def verdict(frames: Frames, label: str, published: str) -> str:
+    """For the summary: changes of time over budgets and paces, and whether the paper's is met."""
+    found = all_ratios(frames["finemoe"], TIME, label)
+    every = [100 * (ratio - 1) for ratios in found.values() for ratio in ratios]
+    wanted = float(published.removesuffix(" %"))
+    return f"{between(every, '{:+.0f} %')} (paper {published}: {_state(every, wanted)})"
 
-    def words(label: str) -> str:
-        found = all_ratios(frames["finemoe"], TIME, label)
-        every = [ratio - 1 for ratios in found.values() for ratio in ratios]
-        return between([100 * each for each in every], "{:+.0f} %")
 
-    return words
+def _state(found: Sequence[float], wanted: float) -> str:
+    """Of changes in percent; within five points of their range is within."""
+    if min(found) > 0:
+        return "not reproduced, slower"
+    if max(found) < wanted - _NEAR_POINTS:
+        return "more than published"
+    return "less than published" if min(found) > wanted + _NEAR_POINTS else "reproduced"

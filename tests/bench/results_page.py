@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
+from configs.errors import UserError
 from configs.hardware import load_hardware
 from tests.bench.results_causes import cpu_rate, fitting, hits_up, machines
 from tests.bench.results_finemoe import finemoe
@@ -60,7 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sources = [open_source(path) for path in given.trace]
     work = given.work or Path("out/policies-quick" if given.quick else "out/policies")
     page = given.page or (work / "policies.md" if given.quick else Path("docs/policies.md"))
-    results = run_all(sources, QUICK if given.quick else Extent(), work, given.jobs)
+    try:
+        results = run_all(sources, QUICK if given.quick else Extent(), work, given.jobs)
+    except UserError as error:
+        sys.exit(f"{error} (sweeps are kept in {work}: delete it after a change of code)")
     read = [json.loads(path.read_text(encoding="utf-8")) for path in given.quality]
     qualities = {
         source.model: [each for each in read if _name(each["model"]) == source.model]
@@ -138,6 +143,7 @@ def _method(sources: Sequence[Source], grids: dict[str, pd.DataFrame]) -> list[s
         "requests weigh as in the hit rate. Figures and tables that say TPOT mean this.\n"
         f"- What computes misses on the CPU rests on a rate of {cpu:g} GB/s, an estimate: rankings "
         "are given without the CPU, too, and by its rate.\n"
+        "- `auto` is ours; `auto cpu=False` is the same without the CPU.\n"
         "- Six requests are judged, spread over the domains; fitted policies "
         "learn from the others, which nobody is judged on. FineMoE's own section fills with 70 %.\n"
         "- Lossless policies compute what the model computes. Lossy ones do not: what they lose "

@@ -10,12 +10,13 @@ from sim.compare import link_words
 from sim.selection import prepare
 from tests.bench.results_causes import best_without_cpu, contrary, rates_of
 from tests.bench.results_finemoe import PUBLISHED, verdict
-from tests.bench.results_promoe import NEAR, PUBLISHED_DECODE, crossing, decode_range
+from tests.bench.results_promoe import NEAR, PUBLISHED_DECODE, crossing, speedups
 from tests.bench.results_source import Source
 from tests.bench.results_swapmoe import MEMORY, loss_words, nearest_budget, resident
 from tests.bench.results_sweeps import CPU_POLICIES, MACHINE, Frames
 from tests.bench.results_tables import (
     TIME,
+    TTFT,
     between,
     by_budget,
     causal,
@@ -142,10 +143,14 @@ def _promoe(sources: Sequence[Source], results: dict[str, Frames]) -> str:
         return "**ProMoE**: not runnable."
 
     def words(model: str) -> str:
-        found = decode_range(results[model]["promoe"])
+        found = speedups(results[model]["promoe"], TIME)
+        prefill = speedups(results[model]["promoe"], TTFT)
         reached = crossing(results[model]["promoe-ratios"], "50%")
         state = "reproduced" if max(found) >= NEAR * PUBLISHED_DECODE else "not reproduced"
-        return f"{between(found)} at eager's pace, {state}; at 50 % {reached}"
+        return (
+            f"{between(found)} at eager's pace, {state} (at 50 % {reached}); "
+            f"prefill (2.21x) {between(prefill)}"
+        )
 
     return (
         f"**ProMoE**, 1.31x in decode over LRU in id order (within 5 %): {_joined(models, words)}."
@@ -158,9 +163,9 @@ def _finemoe(sources: Sequence[Source], results: dict[str, Frames]) -> str:
         return "**FineMoE**: not runnable."
 
     def words(model: str) -> str:
-        of = verdict(results[model])
+        frames = results[model]
         return ", ".join(
-            f"{name.split(' (')[0]} {of(label)} (paper {published})"
+            f"{name.split(' (')[0]} {verdict(frames, label, published)}"
             for label, name, published, *_ in PUBLISHED
             if published
         )

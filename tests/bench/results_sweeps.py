@@ -13,7 +13,6 @@ import pandas as pd
 
 from configs.hardware import list_hardware
 from sim.compare import everything
-from sim.point import produced_by
 from sim.sweeps import PolicyChoice, SweepConfig, load_config, sweep
 from tests.bench.results_source import Source
 from tests.bench.results_tables import by_token
@@ -273,12 +272,9 @@ def _plans(
 
 
 def _run(name: str, source: Source, config: SweepConfig, out: Path, jobs: int) -> pd.DataFrame:
-    """One sweep, kept in ``out``; wall-clock and what is amiss on stderr."""
+    """One sweep, kept in ``out``; wall-clock on stderr."""
     begin = time.monotonic()
     frame = sweep(config, out=out, jobs=jobs, trace=source.trace)
     seconds = time.monotonic() - begin
     print(f"{source.model} {name}: {len(frame)} points, {seconds:.0f} s", file=sys.stderr)
-    made_by = set(frame.loc[frame["status"] == "ok", "produced_by.git"])
-    if made_by != {produced_by()["git"]}:
-        print(f"  {out} has rows of other versions: delete it for a page of one", file=sys.stderr)
     return by_token(frame)

@@ -55,6 +55,8 @@ def section(
         "Of those that never use the CPU, whose rate is an estimate:",
         overall_table(points, cpu=False),
         f"![Places without the CPU]({gpu_only.relative_to(page.parent)})",
+        "### Times and hits\n\nLossy rows compute something else than the model: what they lose "
+        "stands below.",
         *_matrices(points),
         *_lossy(points, qualities),
         f"### In full: {middle.title}",
@@ -150,7 +152,7 @@ def _matrices(points: pd.DataFrame) -> list[str]:
     parts = []
     for link in sorted(points["link_bytes_per_s"].unique()):
         own = points[points["link_bytes_per_s"] == link]
-        parts.append(f"### ms a token (decode hits in %): {link_words(link)}")
+        parts.append(f"ms a token (decode hits in %), {link_words(link)}:")
         parts.append(_matrix(own))
     return parts
 
