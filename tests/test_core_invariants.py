@@ -17,7 +17,7 @@ from policies.capacity import plan_memory, smallest_budget, uneven_plan
 from policies.core import DecisionCore
 from policies.errors import PolicyError
 from policies.interface import Policy, Shape
-from policies.memory import COPYING
+from policies.memory import ABSENT, COPYING
 from tests.driver import (
     Launch,
     Log,
@@ -225,6 +225,80 @@ def test_memory_never_holds_more_than_planned_nor_loses_a_member_of_the_wave(nam
     core = case.core([])
     assert core.plan.used_bytes <= case.budget
     run(case, core, Watchman(core))
+
+
+class PredictionWatch:
+    """What is predicted for each layer until its gate, told apart from the core's own account.
+
+    A prediction counts as long as its expert is there or on its way, and only as many of a layer as
+    its pool can hold.
+    """
+
+    def __init__(self, core: DecisionCore) -> None:
+        self._core = core
+        self._predicted: list[list[int]] = [[] for _ in range(core.shape.layers)]
+        self._prefetch, self._gate, self._take = core.prefetch, core.gate, core._take_slot
+        core.prefetch, core.gate, core._take_slot = self.prefetch, self.gate, self.take
+        self.thrown_out = 0
+
+    def prefetch(self, layer: int, keys: Any, *rest: Any, **named: Any) -> None:
+        if not keys:
+            self._prefetch(layer, keys, *rest, **named)
+            return
+        self._forget_absent()
+        plan = self._core.plan
+        room = plan.capacity[plan.pool_of_layer[layer]] // self._core.memory.unit_of[keys[0]]
+        known = self._predicted[layer]
+        new = [key for key in keys if key not in known]
+        known += new[: max(room - len(known), 0)]
+        self._prefetch(layer, keys, *rest, **named)
+
+    def gate(self, layer: int, *rest: Any) -> Any:
+        self._predicted[layer] = []
+        return self._gate(layer, *rest)
+
+    def take(self, copy: Any) -> bool:
+        core = self._core
+        assert core.log is not None
+        self._forget_absent()
+        alone = len(core.plan.capacity) == 1
+        layers = self._predicted if alone else [self._predicted[copy.layer]]
+        safe = {key for keys in layers for key in keys}
+        high, seen = copy.high, len(core.log)
+        done = self._take(copy)
+        left = [entry[3] for entry in core.log[seen:] if entry[0] == "evict"]
+        for keys in self._predicted:
+            keys[:] = [key for key in keys if key not in left]
+        if not high:
+            self.thrown_out += len(left)
+            assert safe.isdisjoint(left)
+        return bool(done)
+
+    def _forget_absent(self) -> None:
+        state = self._core.memory.state
+        for keys in self._predicted:
+            keys[:] = [key for key in keys if state[key] != ABSENT]
+
+
+def _prefetch_run(name: str, seed: int) -> PredictionWatch:
+    case = draw_case(name, seed, one_size=True)
+    case = replace(case, given={**case.given, "reset": False})
+    core = case.core([])
+    watch = PredictionWatch(core)
+    case.random(core)
+    return watch
+
+
+@pytest.mark.parametrize("name", PREFETCHERS)
+@given(seed=seeds)
+@QUICK
+def test_a_prefetch_never_throws_out_what_is_predicted_for_its_layer(name, seed):
+    _prefetch_run(name, seed)
+
+
+@pytest.mark.parametrize("name", ["next-gate", "oracle-prefetch", "promoe"])
+def test_prefetches_do_throw_others_out_in_these_cases(name):
+    assert sum(_prefetch_run(name, seed).thrown_out for seed in range(30)) > 30
 
 
 NUMBERS = [
