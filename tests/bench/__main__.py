@@ -38,7 +38,9 @@ def main(arguments: list[str]) -> int:
     sweeps = [each for each in figures if "points" in each]
     tracing = [each for each in figures if "tracing" in each]
     traces = [each for each in figures if "trace_tokens" in each]
+    ranked = [each for each in figures if "slowest" in each]
     lines = [*_table(compared), *map(_memory_line, memory), *map(_sweep_line, sweeps)]
+    lines += [line for each in ranked for line in _policy_lines(each)]
     for line in [*lines, *map(_tracing_line, tracing), *map(_trace_line, traces)]:
         print(line)
     result = {
@@ -48,6 +50,7 @@ def main(arguments: list[str]) -> int:
         "sweeps": sweeps,
         "tracing": tracing,
         "traces": traces,
+        "policies": ranked,
     }
     print(json.dumps(result))
     return int(status)
@@ -100,6 +103,15 @@ def _trace_line(case: dict[str, Any]) -> str:
         f"{case['read_tokens_per_s']:,} tokens/s read; bytes a token: {sizes} "
         f"(raw ids {case['raw_id_bytes_per_token']})"
     )
+
+
+def _policy_lines(case: dict[str, Any]) -> list[str]:
+    rows = [
+        f"{name:20} {speed['accesses_per_s'] / 1e6:17.3f} {speed['of_lru']:7.2f}"
+        for name, speed in case["policies"].items()
+    ]
+    head = f"{'policy':20} {'M accesses/s':>17} {'of lru':>7}"
+    return [head, *rows, f"slowest: {case['slowest']}, own time by function", *case["profile"]]
 
 
 if __name__ == "__main__":
