@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import StaticCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from configs.errors import UserError
 from replay.cuda_driver import SmallWrites
@@ -61,7 +62,7 @@ class CapturedStep:
             ids, weights = (*args, *named.values())[:2]
             return self.cut(layers[id(module)], hidden, ids, weights)
 
-        with _as_experts(model, cut):
+        with _as_experts(model, cut), _capturable_masks():
             self._capture(model, cache)
         with torch.inference_mode():
             cache.reset()
@@ -100,6 +101,28 @@ class CapturedStep:
         self._begin()
         weighted = out * weights.reshape(-1, 1)
         return weighted.view(rows, top_k, -1).sum(1).to(hidden.dtype)
+
+
+@contextmanager
+def _capturable_masks() -> Iterator[None]:
+    """Inside, masks for eager attention are made without a copy from the host.
+
+    Some releases of transformers copy a zero, which a stream under capture refuses.
+    """
+    kept = ALL_MASK_ATTENTION_FUNCTIONS["eager"]
+
+    def eager_mask(*args: Any, dtype: torch.dtype = torch.float32, **named: Any) -> Any:
+        named["allow_is_causal_skip"] = False
+        mask = sdpa_mask(*args, **named)
+        if mask is None:
+            return None
+        return torch.where(mask, mask.new_zeros((), dtype=dtype), torch.finfo(dtype).min)
+
+    ALL_MASK_ATTENTION_FUNCTIONS.register("eager", eager_mask)
+    try:
+        yield
+    finally:
+        ALL_MASK_ATTENTION_FUNCTIONS.register("eager", kept)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -59,6 +60,19 @@ class Measured:
     marks: list[tuple[int, int, int, int]] = field(default_factory=list)
 
 
+def static_cache(config: Any, kv_capacity: int) -> StaticCache:
+    """A KV cache at fixed addresses, of full length in layers with a sliding window too.
+
+    A cache of a window's length shifts its contents by a rule in Python, which a captured graph
+    would not follow; the mask keeps to the window either way.
+    """
+    whole = copy.deepcopy(config.get_text_config())
+    whole.sliding_window = None
+    if getattr(whole, "layer_types", None):
+        whole.layer_types = ["full_attention"] * len(whole.layer_types)
+    return StaticCache(config=whole, max_cache_len=kv_capacity)
+
+
 class Session:
     """A model and what points share: the KV cache, and the decode step captured from it once.
 
@@ -68,7 +82,7 @@ class Session:
     def __init__(self, ready: ReplayModel, kv_capacity: int) -> None:
         self.ready = ready
         self.device = next(ready.model.parameters()).device
-        self.cache = StaticCache(config=ready.model.config, max_cache_len=kv_capacity)
+        self.cache = static_cache(ready.model.config, kv_capacity)
         self.kv_capacity = kv_capacity
         self._captured: CapturedStep | None = None
         self._predictors: Predictors | None = None

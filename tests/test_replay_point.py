@@ -138,3 +138,35 @@ def test_bad_options_are_one_line(options: str, said: str) -> None:
     told = CliRunner().invoke(cli.app, [*base.split(), *options.split()])
     assert isinstance(told.exception, UserError)
     assert said in str(told.exception)
+
+
+def test_a_sliding_window_is_kept_by_the_mask_over_a_cache_of_full_length() -> None:
+    from transformers import AutoModelForCausalLM, GptOssConfig
+
+    from replay.play import static_cache
+
+    config = GptOssConfig(
+        num_hidden_layers=2,
+        hidden_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        intermediate_size=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=50,
+        sliding_window=4,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    tokens = torch.arange(1, 15)[None]
+    with torch.inference_mode():
+        expected = model(tokens).logits
+        cache = static_cache(config, 16)
+        pieces = [(0, 5), *((at, at + 1) for at in range(5, 14))]
+        found = [
+            model(tokens[:, first:last], past_key_values=cache, use_cache=True).logits
+            for first, last in pieces
+        ]
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-5)
