@@ -34,6 +34,10 @@ class ExpertMemory:
         self.staged: set[int] = set()
         self.slot_of: dict[int, int] = {}
         self._one_size = min(self.bytes_of) == max(self.bytes_of)
+        self._least = self._least_units()
+        self._never_full = {
+            pool for pool, free in enumerate(self.free) if free >= self._least[pool]
+        }
         self._free_slots = self._number_slots()
         self._free_staging = self._number_staging()
 
@@ -53,18 +57,28 @@ class ExpertMemory:
         first = sum(self.plan.capacity)
         return list(range(first + self.plan.staging_slots - 1, first - 1, -1))
 
+    def _least_units(self) -> list[int]:
+        """Units of the smallest expert of each pool, at the checkpoint's own precision."""
+        least = [max(self.unit_of)] * len(self.plan.capacity)
+        for key in range(self.shape.layers * self.shape.experts):
+            pool = self.pool_of[key]
+            least[pool] = min(least[pool], self.unit_of[key])
+        return least
+
     @property
     def full(self) -> bool:
-        """Whether no pool has room for another of its experts; buffers count as full."""
-        if self.plan.buffers:
-            return True
-        smallest = min(self.unit_of)
-        return all(free < smallest for free in self.free)
+        """Whether every pool once had no room for another expert in full; buffers have none.
+
+        Once: where precisions are mixed, an eviction may make more room than is needed.
+        """
+        return self.plan.buffers or not self._never_full
 
     def take(self, key: int) -> None:
         """Give ``key`` a slot of its pool; there must be room."""
         pool = self.pool_of[key]
         self.free[pool] -= self.unit_of[key]
+        if self._never_full and self.free[pool] < self._least[pool]:
+            self._never_full.discard(pool)
         numbers = self._free_slots[pool]
         if numbers:
             self.slot_of[key] = numbers.pop()

@@ -3,7 +3,9 @@
 Source: Mixtral-offloading (arXiv 2312.17238), Fate (arXiv 2502.12224), SpecMD (arXiv 2602.03921).
 Predictions are those recorded in the trace (columns ``lookahead_d``). Our readings: each layer is
 predicted once, ``depth`` layers ahead; at layer 0 also the layers before ``depth``, each by its own
-distance; top-k times ``overfetch`` candidates a token, united over the step's tokens.
+distance. Those gates run side by side: all their predictions are there after the time of one, and
+no more is counted for three. Top-k times ``overfetch`` candidates a token, united over the step's
+tokens.
 """
 
 from __future__ import annotations

@@ -34,6 +34,40 @@ def test_keys_run_through_experts_then_layers_then_precisions():
     assert [shape.bytes_of(key) for key in (0, 3, 6, 9)] == [30, 20, 8, 5]
 
 
+# ---------------------------------------------------------------------- when it is full
+
+
+def test_each_pool_has_to_have_been_full_once_not_all_at_a_time():
+    memory = memory_of(EVEN, "layer", 20)
+    memory.take(0)
+    assert not memory.full
+    memory.release(0)
+    memory.take(3)
+    assert memory.full
+    memory.release(3)
+    assert memory.full
+
+
+def test_a_pool_is_full_where_no_expert_fits_in_full():
+    shape = Shape(1, 4, 2, (30,), low_bytes_by_layer=(10,))
+    memory = memory_of(shape, "layer", 65)
+    memory.take(0)
+    memory.take(4)  # at low bits: 25 are left, room for two more of those
+    assert memory.full
+    memory.release(0)
+    assert memory.full
+
+
+def test_the_smallest_expert_of_a_pool_counts():
+    memory = memory_of(UNEVEN, "global", 77)
+    memory.take(0)
+    assert not memory.full
+    memory.take(3)
+    assert not memory.full  # 27 are left, and those of layer 1 take 20
+    memory.take(4)
+    assert memory.full
+
+
 # ---------------------------------------------------------------------- the plan
 
 

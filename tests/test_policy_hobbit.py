@@ -186,6 +186,9 @@ def test_hobbit_on_the_sample_trace(sample):
     assert lossy["retained_mass_share"] == 1 - lossy["lost_mass_share"]
     assert 0 < lossy["lost_mass_share"] < 0.1 < lossy["low_mass_share"]
     assert found["tpot_ms"]["mean"] < lru["tpot_ms"]["mean"]
+    # The prefill fills every layer's slots, and none is ever empty again.
+    assert found["decode"]["cold"]["accesses"] == 0
+    assert found["decode"]["steady"]["accesses"] == found["decode"]["accesses"]
     assert (found["decode"]["hits"], found["decode"]["misses"], in_full) == (53767, 32437, 21965)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from policies.buffers import TwoBuffers
 from policies.capacity import plan_memory, smallest_budget
 from policies.errors import PolicyError
+from policies.memory import COPYING, RESIDENT
 from tests.driver import (
     EXPERT_BYTES,
     Log,
@@ -23,6 +27,21 @@ from tracer.workload import Workload
 
 # Three layers of four experts; keys 0-3, 4-7, 8-11.
 SHAPE = shape_of(3, 4)
+
+
+def test_a_buffer_too_small_gives_up_the_layer_whose_turn_is_farthest():
+    layer_of = [0, 0, 2, 2, 4, 4]
+    memory = SimpleNamespace(layer_of=layer_of, pool_of=[0] * 6, state=[RESIDENT] * 6)
+    core = SimpleNamespace(memory=memory, layer=2, shape=SimpleNamespace(layers=6))
+    rule = TwoBuffers()
+    rule.bind(core)
+    for key in range(6):
+        rule.on_insert(key)
+    # From layer 2: layer 4 comes in 2, layer 0 in 4, layer 2 is here.
+    assert [rule.victim(0, barred) for barred in ((), (0,), (0, 1), (0, 1, 4, 5))] == [0, 1, 4, 2]
+    memory.state[0] = COPYING
+    assert rule.victim(0, ()) == 1
+    assert rule.victim(1, ()) is None
 
 
 def play(steps, guesses, slots):

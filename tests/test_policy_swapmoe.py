@@ -171,6 +171,37 @@ def test_a_new_target_takes_back_what_still_waits():
     assert core.tally.prefetch_cancelled == 1
 
 
+def test_what_waits_and_is_still_wanted_is_left_waiting():
+    data, _ = data_of(TOKENS[1:2] * 3)
+    core = make_core("swapmoe", data, slots=2, frequency=1, decay=0.1, swaps=9)
+    # 0 comes to 0.61 on the requests set aside: it is wanted until two tokens have aged it.
+    for step, waiting in enumerate(([], [3], [3, 4])):
+        core.step_begin(step, "decode")
+        core.predictions_at_step()
+        assert [copy.key for copy in core.queue.low] == waiting
+        core.gate(0, [3, 4])
+        core.experts_done(0)
+        core.step_end()
+    assert (core.tally.prefetch_issued, core.tally.prefetch_cancelled) == (2, 0)
+
+
+def test_every_token_of_a_step_ages_what_was_counted():
+    """In a prefill and in batches as in as many steps of one token."""
+    tokens = np.array([[0, 1], [3, 4], [0, 4]])
+    weights = np.array([[0.6, 0.4], [0.5, 0.5], [0.7, 0.3]])
+    columns = {"experts": tokens, "weights": weights, "gate_probs": np.full((3, 5), 0.2)}
+    given = GivenSignals({name: [[values]] for name, values in columns.items()})
+    data = policy_data(SHAPE, [[[0, 1, 3, 4]]], signals=given, fit=set_aside(SET_ASIDE, 5))
+    core = make_core("swapmoe", data, slots=3, decay=0.5)
+    before = core.policy.cache.importance[0].copy()
+    core.step_begin(0, "prefill")
+    core.gate(0, [0, 1, 3, 4])
+    core.experts_done(0)
+    core.step_end()
+    counted = np.array([0.6 + 0.7, 0.4, 0, 0.5, 0.5 + 0.3])
+    assert core.policy.cache.importance[0] == pytest.approx((before + counted) * 0.5**3)
+
+
 def test_a_prefill_routes_every_token_and_keeps_all_assignments():
     rng = np.random.default_rng(3)
     experts = np.argsort(rng.random((40, 8)))[:, :3]
