@@ -45,22 +45,65 @@ def calibrate_command(
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace what is there: profile, figure, log.")
     ] = False,
+    geometry: Annotated[
+        str | None,
+        typer.Option("--geometry", help="Measure a model's times instead, random weights."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Measure a checkpoint's times instead.")
+    ] = None,
+    kv_tokens: Annotated[
+        int, typer.Option("--kv-tokens", help="With a model: capacity of the KV cache, tokens.")
+    ] = 1024,
+    prefill_tokens: Annotated[
+        str, typer.Option("--prefill-tokens", help="With a model: prefills to measure.")
+    ] = "8,64,512",
 ) -> None:
     """Measure what this machine's GPU, link and host can do, and write its hardware profile.
 
-    Needs a CUDA GPU; about two minutes. Every value goes out as a JSON line as soon as it is known.
-    With --only and --base FILE the parts can be measured in several runs.
+    With --geometry or --model, measure that model's times instead, for the profile of --base: what
+    `moesim simulate --timings FILE` reads. Needs a CUDA GPU; about two minutes. Every value of a
+    profile goes out as a JSON line as soon as it is known; with --only and --base FILE the parts
+    can be measured in several runs.
 
     Example: moesim calibrate --out configs/hardware/my-gpu.yaml --base rtx4090-pcie4
     """
     from tracer.extra import require_extra
 
     require_extra("moesim calibrate")
+    if geometry is not None or model is not None:
+        _calibrate_model(geometry, model, base, kv_tokens, prefill_tokens, out, only, replace)
+        return
     from replay.calibrate.cuda import CudaRig
     from replay.calibrate.rig import Sizes
 
     job = prepare(out, base, only, date, log, figure, replace)
     run(job, CudaRig(), Sizes())
+
+
+def _calibrate_model(
+    geometry: str | None,
+    model: str | None,
+    base: str,
+    kv_tokens: int,
+    prefill_tokens: str,
+    out: Path,
+    only: str | None,
+    replace: bool,
+) -> None:
+    from replay.calibrate.model_file import calibrate_model, parse_sizes
+
+    if only is not None:
+        raise UserError("--only names parts of a machine: leave it out with --geometry or --model")
+    if geometry is not None and model is not None:
+        raise UserError("give --geometry NAME or --model DIRECTORY, one of them")
+    sizes = parse_sizes(prefill_tokens, "--prefill-tokens")
+    times = calibrate_model(geometry, model, base, kv_tokens, sizes, out, replace)
+    decode = times.passes[0]
+    print(
+        f"{out}: {times.geometry} on {times.hardware}: segments {sum(decode.segment_ns) / 1e6:.3f} "
+        f"ms a token, experts {decode.experts_ns(decode.experts[-1].experts) / 1e3:.1f} us a launch"
+    )
 
 
 class Job:

@@ -1,0 +1,206 @@
+"""Measured times of a model: the file, and what the simulator makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import cli
+from configs.errors import UserError
+from configs.geometry import load_geometry
+from configs.hardware import load_hardware
+from configs.timings import (
+    ExpertsTime,
+    HostTimes,
+    LinkTimes,
+    ModelTimes,
+    Pass,
+    PolicyTimes,
+    load_timings,
+    render,
+)
+from sim import simulate
+from sim.calibrated import CalibratedTiming
+
+HOST = HostTimes(
+    step_ns=40_000,
+    segment_launch_ns=7_000,
+    experts_launch_ns=10_000,
+    launch_each_ns=0,
+    readback_ns=8_000,
+    decision_ns=9_000,
+    awaited_ns=1_000,
+    copy_issue_ns=5_000,
+    landing_ns=3_000,
+)
+
+
+def a_pass(tokens: int, kv_tokens: int = 128, scale: int = 1, **host: int) -> Pass:
+    return Pass(
+        tokens=tokens,
+        kv_tokens=kv_tokens,
+        host=HOST.model_copy(update=host),
+        segment_ns=tuple(scale * (150_000 + layer) for layer in range(16)),
+        head_ns=100_000,
+        experts=(
+            ExpertsTime(experts=1, ns=20_000),
+            ExpertsTime(experts=4, ns=23_000),
+            ExpertsTime(experts=8, ns=31_000),
+        ),
+    )
+
+
+def model_times(*passes: Pass, **given: Any) -> ModelTimes:
+    return ModelTimes(
+        **{
+            "hardware": "h200-pcie5",
+            "geometry": "olmoe-1b-7b",
+            "expert_dtype": "bf16",
+            "machine": "a machine",
+            "source": "a command",
+            "passes": passes or (a_pass(1), a_pass(8), a_pass(64, scale=3, decision_ns=65_000)),
+            "link": LinkTimes(bytes_per_s=55 * 10**9, startup_ns=5_000, gap_ns=3_000),
+            "segment_slowdown": 0.04,
+            "experts_beside_ns": 15_000,
+            **given,
+        }
+    )
+
+
+def timing(times: ModelTimes, **given: Any) -> CalibratedTiming:
+    hardware, geometry = load_hardware("h200-pcie5"), load_geometry("olmoe-1b-7b")
+    return CalibratedTiming(geometry, hardware, times, **given)
+
+
+def written(tmp_path: Path, times: ModelTimes) -> Path:
+    path = tmp_path / "times.yaml"
+    path.write_text(render(times))
+    return path
+
+
+def test_a_file_reads_as_it_was_written(tmp_path: Path) -> None:
+    times = model_times(policies={"lru": PolicyTimes(decision_ns=1, awaited_ns=2, copy_issue_ns=3)})
+    assert load_timings(written(tmp_path, times)) == times
+
+
+def test_between_measured_sizes_times_are_interpolated() -> None:
+    found = timing(model_times(a_pass(1), a_pass(1, 1128, 2), a_pass(8), a_pass(64, scale=3)))
+    assert found.segment_ns(2, 1, 1, 128) == 150_002
+    assert found.segment_ns(0, 1, 1, 628) == 225_000
+    assert found.segment_ns(0, 1, 1, 5000) == 300_000
+    assert found.segment_ns(0, 36, 1, 128) == 300_000  # half way from 8 to 64 tokens
+    assert found.experts_ns(3, 1, 1) == 20_000
+    assert found.experts_ns(3, 6, 6) == 27_000
+    assert found.experts_ns(3, 16, 16) == 62_000  # in proportion beyond the last
+    assert found.provenance == "calibrated"
+
+
+def test_a_prefill_has_host_costs_of_its_own() -> None:
+    found = timing(model_times())
+    assert found.host_for(1).decision_ns == 9_000
+    assert found.host_for(8).decision_ns == 9_000
+    assert found.host_for(36).decision_ns == 37_000
+    assert found.host_for(4096).decision_ns == 65_000
+
+
+def test_a_policy_with_times_of_its_own_has_them() -> None:
+    own = {"slow": PolicyTimes(decision_ns=59_000, awaited_ns=7, copy_issue_ns=8)}
+    found = timing(model_times(policies=own), policy="slow")
+    assert found.host == found.host_for(1)
+    assert (found.host.decision_ns, found.host.awaited_ns) == (59_000, 7)
+    assert found.host.copy_issue_ns == 8
+    assert found.host_for(64).decision_ns == 65_000 + 50_000
+    assert timing(model_times(policies=own), policy="other").host.decision_ns == 9_000
+
+
+def test_a_launch_beside_copies_takes_a_constant_longer() -> None:
+    found = timing(model_times())
+    for experts in (1, 4, 8):
+        nominal = found.experts_ns(0, experts, experts)
+        assert nominal * found.experts_ppm(experts) / 1e6 == pytest.approx(15_000, rel=1e-4)
+
+
+@given(st.integers(1, 100), st.integers(1, 2000))
+def test_longer_work_never_takes_less(experts: int, tokens: int) -> None:
+    found = timing(model_times())
+    assert found.experts_ns(0, experts, experts) <= found.experts_ns(0, experts + 1, experts + 1)
+    if tokens > 1:
+        assert found.segment_ns(0, tokens, 1, 128) <= found.segment_ns(0, tokens + 1, 1, 128)
+
+
+def test_a_simulation_uses_the_file_and_says_so(tmp_path: Path) -> None:
+    path = written(tmp_path, model_times())
+    given = {
+        "geometry": "olmoe-1b-7b",
+        "hardware": "h200-pcie5",
+        "policy": "lru",
+        "expert_budget": "25%",
+        "max_tokens": 60,
+    }
+    plain = simulate(trace="sample", **given)
+    found = simulate(trace="sample", timings=str(path), **given)
+    assert (plain["timing"][0], found["timing"][0]) == ("estimated", "calibrated")
+    assert found["decode.hits"][0] == plain["decode.hits"][0]
+    assert found["tpot_ms.mean"][0] != plain["tpot_ms.mean"][0]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"geometry": "mixtral-8x7b"}, "is of mixtral-8x7b bf16 on h200-pcie5, this run of olmoe"),
+        ({"hardware": "rtx4090-pcie4"}, "on rtx4090-pcie4, this run"),
+    ],
+)
+def test_another_models_file_is_refused(tmp_path: Path, given: dict[str, str], said: str) -> None:
+    path = written(tmp_path, model_times(**given))
+    with pytest.raises(UserError, match=said):
+        simulate(
+            trace="sample",
+            timings=str(path),
+            geometry="olmoe-1b-7b",
+            hardware="h200-pcie5",
+            policy="lru",
+            expert_budget="25%",
+            max_tokens=60,
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("kv_tokens: 128", "kv_tokens: 0"),
+        ("experts: 4", "experts: 9"),
+        ("tokens: 8", "tokens: 70"),
+        ("hardware: h200-pcie5", "hardwear: h200-pcie5"),
+        ("step_ns: 40000", "step_ns: -1"),
+    ],
+)
+def test_a_damaged_file_is_one_line(tmp_path: Path, change: str, said: str) -> None:
+    path = written(tmp_path, model_times())
+    text = path.read_text()
+    assert change in text
+    path.write_text(text.replace(change, said, 1))
+    with pytest.raises(UserError, match=r"times\.yaml"):
+        load_timings(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--geometry olmoe-1b-7b --prefill-tokens 8,x", "--prefill-tokens 8,x"),
+        ("--geometry olmoe-1b-7b --only link", "--only names parts"),
+        ("--geometry olmoe-1b-7b --model here", "one of them"),
+        ("--geometry olmoe-1b-7b --kv-tokens 64", "--kv-tokens 64"),
+    ],
+)
+def test_bad_options_of_a_models_calibration(tmp_path: Path, options: str, said: str) -> None:
+    command = ["calibrate", "--out", str(tmp_path / "a.yaml"), *options.split()]
+    told = CliRunner().invoke(cli.app, command)
+    assert isinstance(told.exception, UserError)
+    assert said in str(told.exception)
+    assert not list(tmp_path.iterdir())
