@@ -172,7 +172,7 @@ def make_core(case: Case, workload: Workload, shape: Shape) -> DecisionCore:
     others = Workload(make_columns(apart), case.experts)
     data = all_data(workload, others, shape, oracle=info.oracle, costs=OddTiming(), seed=case.seed)
     policy: Policy = info.build(params, data)
-    if case.cpu:
+    if case.cpu and policy.miss_rule is None:
         policy = replace(policy, miss_rule=FirstMissToCpu())
     if case.watching:
         policy = replace(policy, cache=Watching())

@@ -10,7 +10,7 @@ from sim.wording import as_percent
 from tests.bench.results_causes import worth_of_requests
 from tests.bench.results_promoe import PROXY, engines
 from tests.bench.results_source import Source
-from tests.bench.results_sweeps import FINEMOE_MACHINE, PARTS, Frames
+from tests.bench.results_sweeps import FINEMOE_MACHINE, NO_CACHE, PARTS, Frames
 from tests.bench.results_tables import (
     HITS,
     TIME,
@@ -58,7 +58,7 @@ def finemoe(sources: Sequence[Source], results: dict[str, Frames]) -> list[str]:
     ]
     for source in found:
         frames = results[source.model]
-        frame = frames["finemoe"]
+        frame = _whole(frames)
         fit = frame[frame["status"] == "ok"].iloc[0]
         parts.append(
             f"**Routing of {source.model}**: {fit['trace.fitted_requests']:.0f} requests fill the "
@@ -87,6 +87,15 @@ def ratio_at(frame: pd.DataFrame, column: str, label: str, budget: str, hardware
     return float("nan") if column == HITS and other < _NO_HITS else own / other
 
 
+def _whole(frames: Frames) -> pd.DataFrame:
+    """All baselines; those without a cache take as long at any budget."""
+    streams = frames["finemoe-streams"]
+    streams = streams[streams["policy"].isin(NO_CACHE)]
+    budget = "point.expert_budget"
+    at_each = [streams.assign(**{budget: each}) for each in _budgets(frames["finemoe"])]
+    return pd.concat([frames["finemoe"], *at_each], ignore_index=True)
+
+
 def _budgets(frame: pd.DataFrame) -> list[str]:
     return list(dict.fromkeys(frame["point.expert_budget"]))
 
@@ -100,7 +109,7 @@ def all_ratios(frame: pd.DataFrame, column: str, label: str) -> dict[str, list[f
 
 
 def _table(frames: Frames, column: str) -> str:
-    frame = frames["finemoe"]
+    frame = _whole(frames)
     place = _COLUMNS.index(column) + 2
     rows = []
     for published in PUBLISHED:
@@ -108,16 +117,22 @@ def _table(frames: Frames, column: str) -> str:
         found = all_ratios(frame, column, label)
         cells = [_signed(ratio) for ratio in found["ours"]]
         cells += [_signed(geometric_mean(ratios)) for ratios in found.values()]
-        splits = [
-            ratio_at(each, column, label, _AT, FINEMOE_MACHINE)
-            for sweep, each in frames.items()
-            if sweep == "finemoe" or sweep.startswith("finemoe-split-")
-        ]
-        cells.append(_range(splits))
+        cells.append(_splits(frames, column, label))
         rows.append([name, published[place] or "-", *cells])
     names = [spaced(budget) for budget in _budgets(frame)]
     names += [f"mean, {engine}" for _, engine in engines(frame)]
     return markdown((f"{_WORDS[column]} against", "paper", *names, "splits"), rows)
+
+
+def _splits(frames: Frames, column: str, label: str) -> str:
+    """The range over the splits, of policies that were run on all."""
+    found = [
+        ratio_at(frame, column, label, _AT, FINEMOE_MACHINE)
+        for sweep, frame in frames.items()
+        if (sweep == "finemoe" or sweep.startswith("finemoe-split-"))
+        and label in set(frame["label"])
+    ]
+    return _range(found) if found else "-"
 
 
 def _signed(ratio: float) -> str:
@@ -151,7 +166,7 @@ def _parts(frames: Frames) -> str:
 
 
 def _causes(frames: Frames, infinity: str) -> str:
-    parts, free, frame = frames["finemoe-parts"], frames["finemoe-free"], frames["finemoe"]
+    parts, free, frame = frames["finemoe-parts"], frames["finemoe-free"], _whole(frames)
     paths = engines(parts)
 
     def at(column: str, label: str, hardware: str = FINEMOE_MACHINE) -> float:
@@ -201,7 +216,7 @@ def _causes(frames: Frames, infinity: str) -> str:
 
 def verdict(frames: Frames, label: str, published: str) -> str:
     """For the summary: changes of time over budgets and paces, and whether the paper's is met."""
-    found = all_ratios(frames["finemoe"], TIME, label)
+    found = all_ratios(_whole(frames), TIME, label)
     every = [100 * (ratio - 1) for ratios in found.values() for ratio in ratios]
     wanted = float(published.removesuffix(" %"))
     return f"{between(every, '{:+.0f} %')} (paper {published}: {_state(every, wanted)})"

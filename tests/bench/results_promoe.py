@@ -106,7 +106,7 @@ def promoe(sources: Sequence[Source], results: dict[str, Frames]) -> list[str]:
     ]
     for source in found:
         frames = results[source.model]
-        frame = frames["promoe"]
+        frame = _whole(frames)
         parts += [
             f"**Routing of {source.model}**; speed-up over LRU in id order (over LRU cached "
             f"first); link over compute {link_to_compute(source, MACHINE):.1f} in our engine:",
@@ -115,9 +115,14 @@ def promoe(sources: Sequence[Source], results: dict[str, Frames]) -> list[str]:
             _by_ratio(frames["promoe-ratios"]),
             "The ablation at 50 % of the experts:",
             _ablation(frame),
-            _words(source, frames),
+            _words(frame, frames["promoe-ratios"]),
         ]
     return parts
+
+
+def _whole(frames: Frames) -> pd.DataFrame:
+    """ProMoE and LRU at all budgets, the other parts at 50 %."""
+    return pd.concat([frames["promoe"], frames["promoe-parts"]], ignore_index=True)
 
 
 def engines(frame: pd.DataFrame) -> list[tuple[str, str]]:
@@ -202,8 +207,7 @@ def crossing(frame: pd.DataFrame, budget: str) -> str:
     return f"at ratios of {least:g} to {most:g}" if least < most else f"at a ratio of {least:g}"
 
 
-def _words(source: Source, frames: Frames) -> str:
-    frame, floor = frames["promoe"], frames["promoe-floor"]
+def _words(frame: pd.DataFrame, by_ratio: pd.DataFrame) -> str:
     ours, slow = engines(frame)[0][0], engines(frame)[-1][0]
 
     def count(column: str, label: str) -> str:
@@ -213,10 +217,9 @@ def _words(source: Source, frames: Frames) -> str:
         return f"{_gain(frame, column, slower, '50%', slow):.2f}x"
 
     reached = "; ".join(
-        f"{spaced(budget)}: {crossing(frames['promoe-ratios'], budget)}"
-        for budget in _budgets(frames["promoe-ratios"])
+        f"{spaced(budget)}: {crossing(by_ratio, budget)}" for budget in _budgets(by_ratio)
     )
-    uncached = value(floor, TTFT, "on-demand", "50%", slow)  # the same at any budget
+    uncached = value(frame, TTFT, "on-demand", "50%", slow)  # the same at any budget
     thrashed = [
         f"{times(uncached, value(frame, TTFT, 'promoe', budget, slow))} at {spaced(budget)}"
         for budget in _budgets(frame)

@@ -162,18 +162,17 @@ def _fitted(source: Source) -> SweepConfig:
 def promoe(source: Source, extent: Extent, work: Path) -> Iterator[Planned]:
     """ProMoE's ablation in our engine and at eager's pace; then by the ratio of link to compute."""
     hardware = with_eager(MACHINE, source, work)
-    baselines = choices("lru order=id", "lru")
-    ablation = [*baselines, *load_config("promoe-ablation").policies]
+    chosen = choices("lru order=id", "lru", "promoe")
     budgets = extent.promoe_budgets
-    chosen = [each for place, each in enumerate(ablation) if each not in ablation[:place]]
     config = _config(source, policies=chosen, hardware=hardware, expert_budgets=budgets)
     yield "promoe", source, config
-    # What an LRU that hits nothing would take; promoe has the same requests set aside.
-    floor = choices("on-demand", "promoe")
-    config = _config(source, policies=floor, hardware=hardware, expert_budgets=["50%"])
-    yield "promoe-floor", source, config
+    # on-demand: what an LRU that hits nothing would take.
+    ablation = (*load_config("promoe-ablation").policies, choice("on-demand"))
+    parts = [each for each in ablation if each not in chosen]
+    config = _config(source, policies=parts, hardware=hardware, expert_budgets=["50%"])
+    yield "promoe-parts", source, config
     ratios = [at_ratio(MACHINE, source, work, ratio) for ratio in extent.ratios]
-    chosen = [*baselines, *choices("promoe", "next-gate")]
+    chosen.append(choice("next-gate"))
     config = _config(source, policies=chosen, hardware=ratios, expert_budgets=["25%", "50%"])
     yield "promoe-ratios", source, config
 
@@ -200,12 +199,17 @@ PARTS = (
 
 def finemoe(source: Source, extent: Extent, work: Path) -> Iterator[Planned]:
     """FineMoE and its baselines on its machine; other splits; parts; a search that is free."""
-    baselines = load_config("finemoe-baselines").policies
+    every = load_config("finemoe-baselines").policies
+    baselines = [each for each in every if each.name not in NO_CACHE]
     hardware = with_eager(FINEMOE_MACHINE, source, work)
     shared: dict[str, Any] = {"fit_share": PAPERS_FIT_SHARE, "hardware": hardware}
     budgets = extent.finemoe_budgets
     config = _config(source, policies=baselines, expert_budgets=budgets, **shared)
     yield "finemoe", source, config
+    # promoe goes along so that the same requests are set aside as beside the others.
+    streams = [each for each in every if each.name in (*NO_CACHE, "promoe")]
+    config = _config(source, policies=streams, expert_budgets=["50%"], **shared)
+    yield "finemoe-streams", source, config
     for skipped in range(1, extent.splits):
         other = without_first(source, skipped, work / source.model)
         once = {**shared, "hardware": [FINEMOE_MACHINE], "expert_budgets": ["25%"]}
