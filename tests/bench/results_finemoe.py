@@ -188,7 +188,7 @@ def _causes(frames: Frames, infinity: str) -> str:
         [ratio for ratios in all_ratios(frame, TIME, label).values() for ratio in ratios]
         for label in ("layer-stream", "on-demand")
     )
-    more = f": {infinity}" if infinity else "; not swept on these traces"
+    more = f": {infinity}" if infinity else " was not swept here"
     lines = [
         f"*Decode, policies that look ahead by the gates.* The maps are right in {right(store)} % "
         f"of what they name, this model's next gates in {gate} %. Three layers ahead on LRU, at "
