@@ -24,7 +24,7 @@ from tests.machines import FlatTiming  # noqa: E402
 from tracer.trace import Trace  # noqa: E402
 from tracer.workload import Workload  # noqa: E402
 
-ROWS = 60
+ROWS = 54
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +74,13 @@ def decisions(core: DecisionCore) -> list[tuple[object, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("policy", "share", "given"),
+    ("policy", "share", "given", "window"),
     [
-        ("lru", 0.25, {}),
-        ("lru-global", 0.25, {"chunks": 3}),
-        ("slru", 0.5, {"order": "id"}),
-        ("static", 0.25, {}),
-        ("on-demand", 0.125, {}),
+        ("lru", 0.25, {}, 2),
+        ("lru-global", 0.25, {"chunks": 3}, 64),
+        ("slru", 0.5, {"order": "id"}, 64),
+        ("static", 0.25, {}, 64),
+        ("on-demand", 0.125, {}, 64),
     ],
 )
 def test_the_replay_decides_what_the_simulator_decides(
@@ -89,10 +89,11 @@ def test_the_replay_decides_what_the_simulator_decides(
     policy: str,
     share: float,
     given: dict[str, Any],
+    window: int,
 ) -> None:
     work, steps = recorded
     replayed, simulated = (make_core(twin, policy, share, **given) for _ in range(2))
-    measured = Replay(Session(twin, work.max_context), replayed).run(steps)
+    measured = Replay(Session(twin, work.max_context), replayed, window=window).run(steps)
     Machine(work, simulated, FlatTiming()).run()
     assert decisions(replayed) == decisions(simulated)
     assert replayed.tally == simulated.tally
