@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -100,15 +101,22 @@ def _pair(one: dict[Any, Any], other: dict[Any, Any], gain: float) -> dict[str, 
 def fitting(results: dict[str, Frames]) -> str:
     """What fitted policies gain from more requests."""
     title = "## How much fitted policies have to learn from"
-    found = {model: frames for model, frames in results.items() if "fits-all" in frames}
+    found = {model: by_requests(frames) for model, frames in results.items()}
+    found = {model: sweeps for model, sweeps in found.items() if len(sweeps) > 1}
     if not found:
         return f"{title}\n\nNot swept: no trace here has requests enough."
-    return "\n\n".join([title, *(_fits(model, frames) for model, frames in found.items())])
+    return "\n\n".join([title, *(_fits(*each) for each in found.items())])
 
 
-def _fits(model: str, frames: Frames) -> str:
-    sweeps = [frame for name, frame in frames.items() if name.startswith("fits-")]
-    sweeps.sort(key=lambda frame: frame["trace.fitted_requests"].max())
+def by_requests(frames: Frames) -> list[pd.DataFrame]:
+    """25 % of the experts over the middle link, by how many requests were set aside."""
+    grid = frames["grid"]
+    here = (grid["point.expert_budget"] == "25%") & (grid["point.link"] == MIDDLE_LINK)
+    fewer = [frame for name, frame in frames.items() if name.startswith("fits-")]
+    return sorted([*fewer, grid[here]], key=lambda frame: frame["trace.fitted_requests"].max())
+
+
+def _fits(model: str, sweeps: Sequence[pd.DataFrame]) -> str:
     control = {float(_of(frame, "lru")[TIME]) for frame in sweeps}
     if len(control) > 1:
         raise ValueError(f"lru learns nothing and yet differs: {control}; were others judged?")
@@ -128,10 +136,9 @@ def _fits(model: str, frames: Frames) -> str:
 def worth_of_requests(results: dict[str, Frames], label: str) -> str:
     """What a fitted policy gains from more requests, in words; empty where that was not swept."""
     for model, frames in results.items():
-        sweeps = [frame for name, frame in frames.items() if name.startswith("fits-")]
-        if not sweeps:
+        sweeps = by_requests(frames)
+        if len(sweeps) == 1:
             continue
-        sweeps.sort(key=lambda frame: frame["trace.fitted_requests"].max())
         each = ", ".join(
             f"{ms(_of(frame, label)[TIME])} ms after {frame['trace.fitted_requests'].max():.0f}"
             for frame in sweeps

@@ -32,7 +32,7 @@ MIDDLE_LINK = "24GB/s"
 NO_CACHE = ("on-demand", "pregated", "layer-stream")
 """They use the same memory at any budget, so one budget tells all."""
 
-FITTED = ("edgemoe", "moe-infinity", "moe-infinity matches=1", "static", "reuse-distance")
+FITTED = ("edgemoe", "moe-infinity", "static", "reuse-distance")
 """Policies that learn from the requests set aside, by label; ``lru`` beside them learns nothing."""
 
 CPU_POLICIES = ("auto", "fiddler", "hybrid-split")
@@ -147,16 +147,12 @@ def cpu_rates(source: Source, extent: Extent, work: Path) -> Iterator[Planned]:
 
 
 def fits(source: Source, extent: Extent, work: Path) -> Iterator[Planned]:
-    """Fitted policies after fewer requests; the same ones are judged."""
+    """Fitted policies after fewer requests; the same ones are judged. After all: the grid."""
     for count in extent.fits:
         fewer = fewer_fitted(source, count, work / source.model)
-        yield f"fits-{count}", fewer, _fitted(fewer)
-    yield "fits-all", source, _fitted(source)
-
-
-def _fitted(source: Source) -> SweepConfig:
-    chosen = choices(*FITTED, "lru")
-    return _config(source, policies=chosen, links=[MIDDLE_LINK], expert_budgets=["25%"])
+        chosen = choices(*FITTED, "lru")
+        config = _config(fewer, policies=chosen, links=[MIDDLE_LINK], expert_budgets=["25%"])
+        yield f"fits-{count}", fewer, config
 
 
 def promoe(source: Source, extent: Extent, work: Path) -> Iterator[Planned]:
