@@ -80,14 +80,11 @@ class SoonestSplit(MissRule):
         if not self._with_cpu:
             self._book_delay((others - _LEFT) * self._chunk_ns[layer] if others else 0.0)
             return ()
-        worth = self._cache.decayed_use
-        order = sorted(misses, key=lambda key: (left[key], -tokens.get(key, 1), -worth(key), key))
+        chunks, counts, order = self._ordered(misses, left, tokens)
         hits = max(len(tokens) or self._shape.top_k, len(order)) - len(order)
         room = self._slots[layer] - hits
-        counts = [tokens.get(key, 1) for key in order]
-        chunks = [left[key] for key in order]
         credits = self._credits(layer, order[: max(room, 0)])
-        event = (layer, min(room, len(order)), tuple(chunks), tuple(counts), tuple(credits))
+        event = (layer, min(room, len(order)), chunks, counts, credits)
         low = bool(self.core.queue.low)
         copied, took, net = self._best(*event, flying, flying > 0 or low)
         self._saved_ns += _NEW * (took / len(order) - self._saved_ns)
@@ -99,6 +96,18 @@ class SoonestSplit(MissRule):
         self.taken = order[copied:]
         self._leave_to_cpu(self.taken)
         return self.taken
+
+    def _ordered(
+        self, misses: Keys, left: dict[int, int], tokens: Mapping[int, int]
+    ) -> tuple[tuple[int, ...], tuple[int, ...], list[int]]:
+        """Chunks left, tokens, and keys, in order of copying."""
+        worth = self._cache.decayed_use
+        if not tokens:
+            alone = sorted([(left[key], -worth(key), key) for key in misses])
+            return tuple([each[0] for each in alone]), (1,) * len(alone), [key for *_, key in alone]
+        ranked = sorted([(left[key], -tokens.get(key, 1), -worth(key), key) for key in misses])
+        chunks = tuple([each[0] for each in ranked])
+        return chunks, tuple([-each[1] for each in ranked]), [each[3] for each in ranked]
 
     def _under_way(self, misses: Keys) -> tuple[dict[int, int], int, int]:
         """Chunks left of each miss; chunks handed over, not landed: all, and of other experts."""
@@ -121,15 +130,16 @@ class SoonestSplit(MissRule):
         if under_way:
             core.reprioritise(dict.fromkeys(under_way, 0.0))
 
-    def _credits(self, layer: int, keys: Keys) -> list[bool]:
+    def _credits(self, layer: int, keys: Keys) -> tuple[bool, ...]:
         """Whether each of ``keys``, copied now in turn, saves another copy's charge.
 
         So it does if the hits that it brings, less those of who leaves for it, are worth half of
         what it would be charged for if it were brought in behind.
         """
-        renewed, least = self._cache.renewed, self._charge_ns[layer] / self._saved_ns / 2
-        prices = self._cache.prices(layer, ())
-        return [renewed(key) - next(prices) > least for key in keys]
+        least = self._charge_ns[layer] / self._saved_ns / 2
+        renewed = self._cache.renewed_by(keys)
+        priced = zip(renewed, self._cache.prices(layer, ()), strict=False)
+        return tuple([hits - price > least for hits, price in priced])
 
     def _best(
         self,

@@ -6,9 +6,8 @@ half-life that would have missed least, and knows how many hits a slot is expect
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Collection, Iterator
-from itertools import chain, repeat
+from bisect import bisect_right, insort
+from collections.abc import Collection, Iterable, Iterator
 from math import inf
 from typing import Any
 
@@ -44,7 +43,6 @@ HORIZONS = (3.0, 12.0, 48.0)
 _READ = (2, 3, 4)
 _READ_ROWS = slice(_READ[0], _READ[-1] + 1)
 _DISCOUNT = np.exp2(-1 / np.array(HORIZONS))[:, None]
-_HORIZON_ROWS = np.arange(len(HORIZONS))[:, None]
 #: events of a layer that slots must have been kept on average for the second and third horizon
 _KEPT = (120.0, 480.0)
 #: events of a layer after which evictions counted so far count half
@@ -54,6 +52,8 @@ _CLASSES = 24
 _CENTRES = np.exp2((np.arange(_CLASSES) - 12) / 2)
 _EDGES = np.exp2((np.arange(1, _CLASSES) - 12.5) / 2)
 _EDGE_LIST: list[float] = _EDGES.tolist()
+#: where each horizon's classes begin when all are in one row
+_FIRST_CLASS = np.arange(len(HORIZONS))[:, None] * _CLASSES
 #: examples that the first guess counts for, and that a class remembers
 _PRIOR, _MEMORY = 20.0, 2000.0
 
@@ -78,9 +78,9 @@ class ComingHits:
 
     def learn(self, before: Ints, used: list[int], after: Ints) -> None:
         """An event of a layer: classes before and after it, int [horizons, E], and who was used."""
-        target = _DISCOUNT * self.of_class[_HORIZON_ROWS, after]
+        target = _DISCOUNT * self.of_class.take(after + _FIRST_CLASS)
         target[:, used] += 1.0
-        flat = (before + _HORIZON_ROWS * _CLASSES).ravel()
+        flat = (before + _FIRST_CLASS).ravel()
         size = self.of_class.size
         count = np.bincount(flat, minlength=size).reshape(self.of_class.shape)
         total = np.bincount(flat, target.ravel(), minlength=size).reshape(self.of_class.shape)
@@ -107,16 +107,16 @@ class Shadows:
     def see(self, layer: int, ids: list[int], use: Floats) -> None:
         """An event needed ``ids``; ``use``: decayed uses after it, float64 [half-lives, E]."""
         held = self._held[layer]
-        needed = np.zeros(held.shape[1], bool)
-        needed[ids] = True
         self._misses *= _SHADOW_MEMORY
-        self._misses += len(ids) - np.count_nonzero(held & needed, axis=1)
-        held |= needed
+        self._misses += len(ids) - held[:, ids].sum(axis=1)
+        held[:, ids] = True
         slots = self._slots[layer]
-        if slots < len(needed):
+        if slots < held.shape[1]:
             rank = np.where(held, use, -1.0)
-            rank[:, needed] += _STAYS
-            held &= rank >= np.partition(rank, -slots, axis=1)[:, -slots, None]
+            rank[:, ids] += _STAYS
+            ordered = rank.copy()
+            ordered.partition(-slots, axis=1)
+            np.greater_equal(rank, ordered[:, -slots, None], out=held)
         best = int(self._misses.argmin())
         if self._misses[best] < _LEAD * self._misses[self.best]:
             self.best = best
@@ -139,6 +139,8 @@ class SlotWorth(CacheRule):
         self._experts = core.shape.experts
         self._pool_of = core.memory.pool_of
         self._holders: list[set[int]] = [set() for _ in plan.capacity]
+        # By pool: (decayed use, key) of the holders, ascending; None: not known.
+        self._order: list[list[tuple[float, int]] | None] = []
         self._slots = [plan.capacity[pool] for pool in plan.pool_of_layer]
         self.reset()
 
@@ -147,9 +149,14 @@ class SlotWorth(CacheRule):
         shape = self.core.shape
         size = (len(HALF_LIVES), shape.experts)
         self._use = [np.zeros(size) for _ in range(shape.layers)]
+        self._decay = np.repeat(_DECAY, shape.experts, axis=1)
+        self._brought = np.zeros(shape.experts)
+        self._items: Any = self._brought.data
         self._worth = [0.0] * shape.keys
+        self._order = [None for _ in self._holders]
         self._shadows = Shadows(shape.layers, shape.experts, self._slots)
         self._coming = ComingHits()
+        self._classes: dict[int, Ints] = {}
         self._elsewhere: Keys = ()
         self._read = [0.0] * shape.keys
         self._horizon = len(HORIZONS) - 1
@@ -166,17 +173,22 @@ class SlotWorth(CacheRule):
         ids = [key - first for key in (*keys, *self._elsewhere)]
         self._elsewhere = ()
         use = self._use[layer]
-        shadowed = layer in self._shadows
-        before = ComingHits.classes(use[_READ_ROWS]) if shadowed else None
-        use *= _DECAY
-        use += self._brought(layer, ids)
+        use *= self._decay
+        use += self._bring(layer, ids)
         self._events += 1
-        if before is not None:
-            self._coming.learn(before, ids, ComingHits.classes(use[_READ_ROWS]))
-            self._shadows.see(layer, ids, use)
-            self._choose_horizon()
-            self._hits = self._coming.of_class[self._horizon].tolist()
+        if layer in self._shadows:
+            self._learn(layer, ids, use)
         self._publish(layer)
+
+    def _learn(self, layer: int, ids: list[int], use: Floats) -> None:
+        """Expectations and shadows see an event. ``use``: decayed uses after it."""
+        before = self._classes.get(layer)
+        after = ComingHits.classes(use[_READ_ROWS])
+        self._coming.learn(np.zeros_like(after) if before is None else before, ids, after)
+        self._classes[layer] = after
+        self._shadows.see(layer, ids, use)
+        self._choose_horizon()
+        self._hits = self._coming.of_class[self._horizon].tolist()
 
     def _publish(self, layer: int) -> None:
         """Decayed uses as lists: those that victims and those that expected hits are read from."""
@@ -185,6 +197,7 @@ class SlotWorth(CacheRule):
         row, best = _READ[self._horizon], self._shadows.best
         self._read[span] = read = self._use[layer][row].tolist()
         self._worth[span] = read if best == row else self._use[layer][best].tolist()
+        self._order[self._pool_of[first]] = None
 
     def _choose_horizon(self) -> None:
         """By how long a slot has been kept: events of a layer by evictions of a slot."""
@@ -199,26 +212,53 @@ class SlotWorth(CacheRule):
             self._events /= 2
             self._evictions /= 2
 
-    def _brought(self, layer: int, ids: list[int]) -> Floats:
-        """What the event adds to each expert's use, float64 [E]: about one each to those needed."""
+    def _bring(self, layer: int, ids: list[int]) -> Floats:
+        """What the event adds to each expert's use, float64 [E]: about one each to those needed.
+
+        Valid until the next event.
+        """
+        brought, items = self._brought, self._items
         if self._signals is None:
-            plain = np.zeros(self._experts)
-            plain[ids] = 1.0
-            return plain
-        rows = self._signals.layer_rows(PROBS, layer)
-        scores = rows.astype(np.float64)
-        brought: Floats = scores[0] if len(scores) == 1 else np.nanmean(scores, axis=0)
-        brought *= _SOFT * self.core.shape.top_k
-        brought[ids] += 1 - _SOFT
+            brought.fill(0.0)
+            hard = 1.0
+        else:
+            rows = self._signals.layer_rows(PROBS, layer)
+            soft = rows[0] if len(rows) == 1 else np.nanmean(rows.astype(np.float64), axis=0)
+            scale = _SOFT * self.core.shape.top_k
+            np.multiply(soft, scale, out=brought, dtype=np.float64)
+            hard = 1 - _SOFT
+        # A few items are sooner changed one by one than by an index array.
+        for expert in ids:
+            items[expert] += hard
         return brought
 
-    def kept(self, key: int) -> float:
-        """Hits that a slot for ``key`` is expected to bring from now on."""
-        return self._hits[bisect_right(_EDGE_LIST, self._read[key])]
+    def kept_by(self, keys: Iterable[int]) -> list[float]:
+        """Hits that a slot for each of ``keys`` is expected to bring from now on."""
+        hits, read = self._hits, self._read
+        return [hits[bisect_right(_EDGE_LIST, read[key])] for key in keys]
 
-    def renewed(self, key: int) -> float:
+    def renewed_by(self, keys: Iterable[int]) -> list[float]:
         """The same, once the expert is used in the event to come."""
-        return self._hits[bisect_right(_EDGE_LIST, self._read[key] + 1.0)]
+        hits, read = self._hits, self._read
+        return [hits[bisect_right(_EDGE_LIST, read[key] + 1.0)] for key in keys]
+
+    def brought_in_time(self, chances: dict[int, float], now: float) -> list[tuple[float, int]]:
+        """Hits that those of ``chances`` who are not resident may bring, and key, most first.
+
+        ``chances``: of a use in the event to come; ``now``: what that use itself counts for.
+        """
+        hits, read, state = self._hits, self._read, self.state
+        ranked = [
+            (
+                -chance * (now + hits[bisect_right(_EDGE_LIST, read[key] + 1.0)])
+                - (1 - chance) * hits[bisect_right(_EDGE_LIST, read[key])],
+                key,
+            )
+            for key, chance in chances.items()
+            if state[key] != RESIDENT
+        ]
+        ranked.sort()
+        return [(-less, key) for less, key in ranked]
 
     def decayed_use(self, key: int) -> float:
         """Decayed use: who has least leaves."""
@@ -226,38 +266,55 @@ class SlotWorth(CacheRule):
 
     def on_insert(self, key: int) -> None:
         """``key`` takes a slot."""
-        self._holders[self._pool_of[key]].add(key)
+        pool = self._pool_of[key]
+        self._holders[pool].add(key)
+        order = self._order[pool]
+        if order is not None:
+            insort(order, (self._worth[key], key))
 
     def on_evict(self, key: int) -> None:
         """``key`` lost its slot."""
         self._evictions += 1
-        self._holders[self._pool_of[key]].discard(key)
+        pool = self._pool_of[key]
+        self._holders[pool].discard(key)
+        order = self._order[pool]
+        if order is not None:
+            order.remove((self._worth[key], key))  # most often the first
 
     def victim(self, pool: int, barred: Collection[int]) -> int | None:
         """The resident of smallest decayed use."""
-        worth, state = self._worth, self.state
-        free = [key for key in self._holders[pool].difference(barred) if state[key] == RESIDENT]
-        if not free:
-            return None
-        least = min([worth[key] for key in free])
-        return min([key for key in free if worth[key] == least])
+        state = self.state
+        for _, key in self._ordered(pool):
+            if state[key] == RESIDENT and key not in barred:
+                return key
+        return None
+
+    def _ordered(self, pool: int) -> list[tuple[float, int]]:
+        """Decayed use and key of those who hold a slot of ``pool``, ascending."""
+        order = self._order[pool]
+        if order is None:
+            worth = self._worth
+            order = self._order[pool] = sorted([(worth[key], key) for key in self._holders[pool]])
+        return order
 
     def prices(self, layer: int, spared: Collection[int]) -> Iterator[float]:
         """Hits lost by each slot more that ``layer`` asks for, ``spared`` held fast, without end.
 
-        Nothing for a free slot, then by who leaves, then more than anyone may bring.
+        Nothing for a free slot, then by who leaves, then more than anyone may bring. Valid as long
+        as no slot changes hands.
         """
-        core, worth, state = self.core, self._worth, self.state
-        pool = core.plan.pool_of_layer[layer]
-        free = core.memory.free[pool] // core.memory.unit_of[layer * self._experts]
-        leaving = [
-            (worth[key], key)
-            for key in self._holders[pool].difference(core.pinned, spared)
-            if state[key] == RESIDENT
-        ]
-        leaving.sort()
-        lost = map(self.kept, [key for _, key in leaving])
-        return chain(repeat(0.0, free), lost, repeat(inf))
+        first = layer * self._experts
+        pool, memory = self._pool_of[first], self.core.memory
+        if memory.free[pool]:
+            for _ in range(memory.free[pool] // memory.unit_of[first]):
+                yield 0.0
+        state, pinned = self.state, self.core.pinned
+        hits, read = self._hits, self._read
+        for _, key in self._ordered(pool):
+            if state[key] == RESIDENT and key not in pinned and key not in spared:
+                yield hits[bisect_right(_EDGE_LIST, read[key])]
+        while True:
+            yield inf
 
     def facts(self) -> dict[str, Any]:
         """The half-life in use at the end."""

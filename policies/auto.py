@@ -38,14 +38,14 @@ Predictions take the machine's ``next_gate`` time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from policies._lanes import SoonestSplit
 from policies._slot_worth import PROBS, SlotWorth
 from policies.core import DecisionCore
 from policies.errors import PolicyError
 from policies.interface import EventTable, Keys, Policy, PolicyData, Prediction, Prefetcher, Shape
-from policies.memory import ABSENT, COPYING, QUEUED, RESIDENT
+from policies.memory import COPYING, QUEUED, RESIDENT
 from policies.registry import Param, Params, register
 
 #: of a prefetched expert's use in the event it came for, what counts: half of them come late
@@ -70,17 +70,24 @@ class Chances:
         self._all_needed = [0.5] * ranks
         self._all_seen = [1.0] * ranks
 
-    def learn(self, layer: int, rank: int, needed: bool) -> None:
-        """An absent candidate of ``rank`` was right or wrong about ``layer``."""
-        self._count(self._needed[layer], self._seen[layer], rank, needed)
-        self._count(self._all_needed, self._all_seen, rank, needed)
-
-    def _count(self, needed: list[float], seen: list[float], rank: int, right: bool) -> None:
-        if seen[rank] > self._MOST:
-            seen[rank] /= 2
-            needed[rank] /= 2
-        seen[rank] += 1
-        needed[rank] += right
+    def learn(self, layer: int, absent: list[tuple[int, int]], needed: Collection[int]) -> None:
+        """Absent candidates of ``layer``, key and rank of each, and who was needed."""
+        most = self._MOST
+        right, seen = self._needed[layer], self._seen[layer]
+        all_right, all_seen = self._all_needed, self._all_seen
+        for key, rank in absent:
+            count, all_count = seen[rank], all_seen[rank]
+            if count > most:
+                count /= 2
+                right[rank] /= 2
+            if all_count > most:
+                all_count /= 2
+                all_right[rank] /= 2
+            seen[rank] = count + 1
+            all_seen[rank] = all_count + 1
+            if key in needed:
+                right[rank] += 1
+                all_right[rank] += 1
 
     def of(self, layer: int) -> list[float]:
         """Chance of each rank in ``layer``."""
@@ -92,7 +99,7 @@ class Chances:
                 self._seen[layer],
                 self._all_needed,
                 self._all_seen,
-                strict=True,
+                strict=False,  # equal, and checked at every prediction it would take time
             )
         ]
 
@@ -126,6 +133,7 @@ class Ahead(Prefetcher):
             [] for _ in range(self._layers)
         ]
         self._step: dict[int, list[list[int]]] = {}
+        self._ranks_of: dict[int, list[int]] = {}
         self._behind: list[int] = []
 
     def on_step(self, step: int) -> Iterable[Prediction]:
@@ -148,11 +156,13 @@ class Ahead(Prefetcher):
         return found
 
     def _score(self, layer: int, keys: Keys) -> None:
+        candidates = self._open[layer]
+        if not candidates:
+            return
         needed = set(keys)
-        for chances, absent in self._open[layer]:
-            for key, rank in absent:
-                chances.learn(layer, rank, key in needed)
-        self._open[layer].clear()
+        for chances, absent in candidates:
+            chances.learn(layer, absent, needed)
+        candidates.clear()
 
     # ------------------------------------------------------------------ ahead
 
@@ -162,50 +172,67 @@ class Ahead(Prefetcher):
         distance = layer - self.core.layer
         if distance not in self._tables or not keys:
             return  # it took longer than a layer: a nearer one has been asked
-        size, least = len(keys), self._least_chance
-        kind = (distance, (size // self._ranks).bit_length())
-        if kind not in self._chances:
-            self._chances[kind] = Chances(self._layers, self._ranks)
-        known = self._chances[kind]
+        ranks = self._ranks_of.get(len(keys)) or self._ranks_among(len(keys))
+        known = self._known(distance, len(keys))
         chances = known.of(layer)
+        least, held = self._least_chance, self._least_chance * _HELD_FAST
         absent: list[tuple[int, int]] = []
         chosen: dict[int, float] = {}
-        for index, key in enumerate(keys):
-            rank = index * self._ranks // size
+        for key, rank in zip(keys, ranks, strict=True):
+            chance = chances[rank]
             if state[key] < COPYING:
                 absent.append((key, rank))
-                if chances[rank] >= least:
-                    chosen[key] = chances[rank]
-            elif chances[rank] >= least * _HELD_FAST:
-                chosen[key] = chances[rank]
-        self._open[layer].append((known, absent))
+                if chance >= least:
+                    chosen[key] = chance
+            elif chance >= held:
+                chosen[key] = chance
+        if absent:
+            self._open[layer].append((known, absent))
         if chosen:
             self._queue(layer, distance, chosen, prediction.source)
 
+    def _ranks_among(self, size: int) -> list[int]:
+        """Rank of each of so many candidates, scaled to one token's."""
+        ranks = [index * self._ranks // size for index in range(size)]
+        self._ranks_of[size] = ranks
+        return ranks
+
+    def _known(self, distance: int, size: int) -> Chances:
+        """Chances at ``distance`` where there are so many candidates."""
+        kind = (distance, (size // self._ranks).bit_length())
+        known = self._chances.get(kind)
+        if known is None:
+            known = self._chances[kind] = Chances(self._layers, self._ranks)
+        return known
+
     def _queue(self, layer: int, distance: int, chosen: dict[int, float], source: str) -> None:
         """Queue what is absent and pays; what is there already is only held fast."""
-        kept, renewed, state = self._cache.kept, self._cache.renewed, self._state
-        hits = {
-            key: chance * (_IN_TIME + renewed(key)) + (1 - chance) * kept(key)
-            for key, chance in chosen.items()
-            if state[key] != RESIDENT
-        }
+        state = self._state
+        priorities = {key: 0.0 for key in chosen if state[key] == RESIDENT}
+        if len(priorities) < len(chosen) and self._add_paying(layer, distance, chosen, priorities):
+            self.core.reprioritise(priorities)
+        if priorities:
+            self.core.prefetch(layer, list(priorities), list(priorities.values()), source)
+
+    def _add_paying(
+        self, layer: int, distance: int, chosen: dict[int, float], priorities: dict[int, float]
+    ) -> bool:
+        """Add those not resident that pay; whether a copy of any is queued or under way already."""
+        state = self._state
         least = self._split.hits_to_pay(layer)
         prices = self._cache.prices(layer, chosen)
-        priorities = {key: 0.0 for key in chosen if state[key] == RESIDENT}
-        for key in sorted(hits, key=lambda key: (-hits[key], key)):
+        queued = False
+        for hits, key in self._cache.brought_in_time(chosen, _IN_TIME):
             if state[key] == COPYING:
-                priorities[key] = hits[key] / distance
+                priorities[key] = hits / distance
+                queued = True
                 continue
-            gain = hits[key] - next(prices)
+            gain = hits - next(prices)
             if gain <= least:
                 break
             priorities[key] = gain / distance
-        if not priorities:
-            return
-        if self.core.queue.low:
-            self.core.reprioritise(priorities)
-        self.core.prefetch(layer, list(priorities), list(priorities.values()), source)
+            queued = queued or state[key] == QUEUED
+        return queued
 
     # ------------------------------------------------------------------ behind
 
@@ -213,36 +240,38 @@ class Ahead(Prefetcher):
         """The best of what the CPU computed and of what is still queued from before."""
         core, state = self.core, self._state
         queued = [key for key in self._behind if state[key] == QUEUED]
-        candidates = dict.fromkeys((*queued, *self._split.taken))
-        self._split.taken = []
-        if not candidates:
+        taken = self._split.taken
+        if not queued and not taken:
             return
-        gains = self._gains([key for key in candidates if state[key] in (ABSENT, QUEUED)])
-        paying = [key for key in gains if gains[key] > 0]
-        paying.sort(key=lambda key: (-gains[key], key))
-        best = paying[:_MOST_BEHIND]
+        self._split.taken = []
+        candidates = {*queued, *taken} if queued else taken
+        paying = self._paying([key for key in candidates if state[key] <= QUEUED])
+        best = {key: -less for less, key in paying[:_MOST_BEHIND]}
         for key in queued:
             if key not in best:
                 core.cancel(key)
-        self._behind = best
+        self._behind = list(best)
         if best:
-            core.bring_in(best, "behind")
-            core.reprioritise({key: gains[key] for key in best})
+            core.bring_in(self._behind, "behind")
+            core.reprioritise(best)
 
-    def _gains(self, keys: Keys) -> dict[int, float]:
-        """Hits that a slot is expected to bring; 0: not enough to pay for the copy."""
-        kept, layer_of = self._cache.kept, self.core.memory.layer_of
-        prices: dict[int, Iterator[float]] = {}
-        least: dict[int, float] = {}
-        gains = {}
-        for worth, key in sorted([(-kept(key), key) for key in keys]):
+    def _paying(self, keys: Keys) -> list[tuple[float, int]]:
+        """Those that pay for the copy: hits expected to be gained, negative, and key; sorted."""
+        layer_of = self.core.memory.layer_of
+        priced: dict[int, tuple[Iterator[float], float]] = {}
+        paying = []
+        ranked = [(-kept, key) for kept, key in zip(self._cache.kept_by(keys), keys, strict=True)]
+        ranked.sort()
+        for less, key in ranked:
             layer = layer_of[key]
-            if layer not in prices:
-                prices[layer] = self._cache.prices(layer, ())
-                least[layer] = self._split.hits_to_pay(layer)
-            hits = -worth - next(prices[layer])
-            gains[key] = hits if hits > least[layer] else 0.0
-        return gains
+            if layer not in priced:
+                priced[layer] = self._cache.prices(layer, ()), self._split.hits_to_pay(layer)
+            prices, least = priced[layer]
+            gain = -less - next(prices)
+            if gain > least:
+                paying.append((-gain, key))
+        paying.sort()
+        return paying
 
 
 def _columns(params: Params) -> tuple[str, ...]:

@@ -150,8 +150,9 @@ def test_every_slot_more_costs_the_next_who_leaves():
     cache = core.policy.cache
     assert isinstance(cache, SlotWorth)
     prices = cache.prices(0, ())
-    assert [next(prices) for _ in range(4)] == [0.0, cache.kept(0), cache.kept(1), np.inf]
-    assert list(islice(cache.prices(0, (0,)), 3)) == [0.0, cache.kept(1), np.inf]
+    first, second = cache.kept_by([0, 1])
+    assert [next(prices) for _ in range(4)] == [0.0, first, second, np.inf]
+    assert list(islice(cache.prices(0, (0,)), 3)) == [0.0, second, np.inf]
 
 
 def test_without_the_cpu_all_is_copied():
@@ -263,8 +264,7 @@ def test_chances_are_by_rank_and_shrink_to_those_of_all_layers():
     chances = Chances(2, 2)
     assert chances.of(0) == [0.5, 0.5]
     for _ in range(50):
-        chances.learn(0, 0, True)
-        chances.learn(0, 1, False)
+        chances.learn(0, [(7, 0), (8, 1)], {7})
     near, far = chances.of(0), chances.of(1)
     assert near[0] > far[0] > 0.95
     assert near[1] < far[1] < 0.05
