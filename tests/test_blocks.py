@@ -14,7 +14,7 @@ from sim.inputs import Inputs
 from sim.point import DEFAULT_FIT_SHARE, Point, run_point
 from tracer.trace import Trace
 
-TOKENS = 900
+TOKENS = 480
 POLICIES = [name for name in policies.names() if policies.get(name).in_blocks]
 
 
@@ -50,7 +50,7 @@ def test_in_blocks_as_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_blocks_know_nothing_of_later_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With other routing from some step on, all decisions before it stay as they are."""
     first = _decisions(name, None, monkeypatch)
-    changed_from = 150
+    changed_from = 90
     second = _decisions(name, changed_from, monkeypatch)
 
     def before(log: list[Any]) -> list[Any]:
