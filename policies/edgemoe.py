@@ -11,7 +11,8 @@ Our readings:
   have none, over b alone. Layer 1 has one layer before it, layer 0 none: it is demand only.
 - Several tokens in a step: pairs are taken of the union of their experts.
 - Fitted on all tokens, prefill and decode, of the requests set aside. At most ``candidates`` times
-  top-k experts are queued: a limit only where the link copies more than that in a layer's time.
+  top-k experts are queued an event, however many tokens it has: decoding, a limit only where the
+  link copies more than that in a layer's time; in prefill and in batches it holds prefetching back.
   Experts that never followed are not queued.
 - Frequency: events that needed the expert, on the requests set aside and so far.
 - "Layers until its next use" goes on into the next step: the layer in progress is L layers away.

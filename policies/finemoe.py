@@ -9,7 +9,8 @@ probability p until they sum to delta and are at least top-k. Prefetches go by p
 at every gate; a miss pauses them all until what the event waits for has landed. Victim: the
 smallest p * visits, whatever its recency. After an iteration its map enters the store, at capacity
 in the place of the most redundant: d/L of the embeddings' cosine and (L-d)/L of the maps'. Both
-searches cost the machine's ``map_search`` time, and a prediction is void if it comes too late.
+searches cost the machine's ``map_search`` time, which is of 1,000 maps (more maps or rows take more
+in proportion), and a prediction is void if it comes too late.
 
 Our readings:
 - ``mode=offline``: the requests set aside fill the store before the clock starts. That is 30 % of
@@ -63,6 +64,8 @@ from policies.memory import RESIDENT
 from policies.registry import Param, Params, register
 
 _SOURCE = "map_search"
+_MEASURED_MAPS = 1000
+"""Maps that the machine's ``map_search`` time is of (`moesim calibrate`)."""
 _DECODE = 1  # the trace's word for a decode row
 _LEAST_UNITS = 0.5
 _BLOCK_STEPS = 16
@@ -293,7 +296,8 @@ class MapPrefetcher(Prefetcher):
     def _foreseen(self, step: int, layer: int) -> Found:
         chosen, scores, units = self._sets[layer]
         first = layer * self._experts
-        return Found(_SOURCE, step, layer, [first + expert for expert in chosen], scores, units)
+        names = [first + expert for expert in chosen]
+        return Found(_SOURCE, step, layer, names, scores, units, work=self._work())
 
     def on_gate(self, step: int, layer: int, keys: Keys) -> Iterable[Prediction]:
         """What the most similar beginning of a map says of the layer that is ``distance`` ahead."""
@@ -351,6 +355,10 @@ class MapPrefetcher(Prefetcher):
             }
         )
 
+    def _work(self) -> float:
+        """Of a search, in searches of one row over as many maps as its cost was measured with."""
+        return max(self._store.size * max(self._rows, 1) / _MEASURED_MAPS, 1.0)
+
     def _found(self, step: int, layer: int, best: Sequence[tuple[int, float]]) -> Found:
         """The union of what each row's entry asks for, at the larger probability."""
         maps, top_k = self._store.maps[layer], self._top_k
@@ -365,7 +373,7 @@ class MapPrefetcher(Prefetcher):
             chosen = union[(-units[union]).argsort(kind="stable")]
         keys = (chosen + layer * self._experts).tolist()
         scores = (units[chosen] * (1 / UNITS)).tolist()
-        return Found(_SOURCE, step, layer, keys, scores, units)
+        return Found(_SOURCE, step, layer, keys, scores, units, work=self._work())
 
 
 def prefetch_set(units: Floats, delta: float, top_k: int) -> npt.NDArray[np.intp]:

@@ -138,7 +138,7 @@ class Prediction:
 
     ``source`` names the predictor; the driver delays ``prediction_ready`` by that predictor's
     measured cost, so what is predicted and how long it takes stay apart. ``scores`` may be empty.
-    ``step`` is the step it is about.
+    ``step`` is the step it is about. ``work``: how many times the predictor's usual work it takes.
     """
 
     source: str
@@ -146,6 +146,11 @@ class Prediction:
     layer: int
     keys: Keys
     scores: Sequence[float] = ()
+    work: float = field(default=1.0, kw_only=True)
+
+    def cost_ns(self, usual_ns: int) -> int:
+        """Time from the predictor's start, where its usual work takes ``usual_ns``."""
+        return usual_ns if self.work == 1 else round(usual_ns * self.work)
 
 
 class Prefetcher:

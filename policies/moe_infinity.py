@@ -14,8 +14,8 @@ Our readings:
 - ``mode=offline``: the requests set aside are in the collection from the start; ``online``: it
   begins empty. Either way a request enters when it ends. A full collection gives up the matrix most
   similar to the newcomer, so that it stays diverse.
-- Layers l + 1 to l + ``depth`` are queued, at most ``candidates`` times top-k experts each and
-  only such with p > 0.
+- Layers l + 1 to l + ``depth`` are queued, at most ``candidates`` times top-k experts each, however
+  many tokens the step has, and only such with p > 0.
 - Eviction goes by the match made at the gate before: the one of this gate is still in the making.
 - Several requests in a step: one matrix for the iteration, one for each request.
 - A comparison costs the machine's ``map_search`` time.

@@ -435,7 +435,7 @@ class Machine:
 
     def _announce(self, prediction: Prediction, now: int) -> None:
         """A predictor starts; its result is polled once its time has passed."""
-        cost = self.timing.predictor_ns.get(prediction.source, 0)
+        cost = prediction.cost_ns(self.timing.predictor_ns.get(prediction.source, 0))
         if cost == 0:
             self.core.prediction_ready(prediction)
             return

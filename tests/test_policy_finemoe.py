@@ -685,6 +685,28 @@ def test_a_slow_search_is_no_free_search():
     assert used[0] > used[1] > used[2] == 0
 
 
+def test_a_search_over_more_maps_than_were_measured_takes_longer(monkeypatch):
+    """As if the machine's time were of 4 maps: the same as a predictor so many times slower."""
+    case = Case(slots=4, layers=4, steps=24)
+    given = {"update": False}
+    monkeypatch.setattr("policies.finemoe._MEASURED_MAPS", 4)
+    workload, core = machine_core(case, given)
+    entries = core.policy.prefetcher._store.size
+    assert entries > 4
+    machine = Machine(workload, core, OddTiming(predictor_ns={"map_search": 31}))
+    machine.run()
+    found = outcome(machine.times, machine.link.busy_ns, core)
+    workload, core = machine_core(case, given)
+    plain = PlainModel(workload, core, OddTiming(predictor_ns={"map_search": 31})).run()
+    assert outcome(plain, plain.link_busy_ns, core) == found
+    monkeypatch.setattr("policies.finemoe._MEASURED_MAPS", 10**6)
+    workload, core = machine_core(case, given)
+    slower = OddTiming(predictor_ns={"map_search": round(31 * entries / 4)})
+    machine = Machine(workload, core, slower)
+    machine.run()
+    assert outcome(machine.times, machine.link.busy_ns, core) == found
+
+
 # ---------------------------------------------------------------------- the sample
 
 GOLDEN = {

@@ -387,7 +387,8 @@ class PlainModel:
 
     def _announce(self, predictions: Iterable[Prediction]) -> None:
         for prediction in predictions:
-            cost_ns = self.timing.predictor_ns.get(prediction.source, 0)
+            usual_ns = self.timing.predictor_ns.get(prediction.source, 0)
+            cost_ns = round(usual_ns * prediction.work)
             if cost_ns:
                 self.env.process(self._predict(prediction, cost_ns))
             else:
