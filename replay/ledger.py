@@ -7,20 +7,21 @@ from __future__ import annotations
 
 from time import perf_counter_ns
 
-STEP, SEGMENT, GPU, DECIDE, ISSUE, EXPERTS, COPY, CPU = range(8)
-NAMES = (
-    "step",
-    "segment launch",
-    "wait for GPU",
-    "decide",
-    "issue copies",
-    "experts launch",
-    "wait for copy",
-    "wait for CPU",
-)
-"""Of the kinds. STEP: everything between steps' layers; SEGMENT: a segment or the head is launched;
-GPU: polled until the device has run everything; DECIDE: a gate event or its next wave; ISSUE: the
-window is refilled; EXPERTS: a group is launched; COPY and CPU: polled until there is something."""
+from sim.spans import COPY, CPU, DECIDE, EXPERTS, GPU, ISSUE, NAMES, SEGMENT, STEP, Mark
+
+__all__ = [
+    "COPY",
+    "CPU",
+    "DECIDE",
+    "EXPERTS",
+    "GPU",
+    "ISSUE",
+    "NAMES",
+    "SEGMENT",
+    "STEP",
+    "Ledger",
+    "Mark",
+]
 
 
 class Ledger:
@@ -30,7 +31,7 @@ class Ledger:
     """
 
     def __init__(self) -> None:
-        self.marks: list[tuple[int, int, int, int]] = []
+        self.marks: list[Mark] = []
 
     def mark(self, kind: int, layer: int, count: int = 0) -> int:
         """What went on since the mark before was ``kind``, for ``layer``; returns the time."""

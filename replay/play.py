@@ -19,6 +19,7 @@ from replay.eager import EagerEngine
 from replay.ledger import STEP
 from replay.model import ReplayModel
 from sim.machine import StepTimes
+from sim.spans import ChunkSpan
 
 if TYPE_CHECKING:
     from replay.graphs import CapturedStep, GraphEngine
@@ -57,6 +58,7 @@ class Measured:
     copied_bytes: int = 0
     tokens: list[int] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
+    chunks_on_link: list[ChunkSpan] = field(default_factory=list)
     marks: list[tuple[int, int, int, int]] = field(default_factory=list)
 
 
@@ -159,6 +161,7 @@ class Replay:
         copies.drain()
         measured.chunks, measured.copied_bytes = copies.chunks, copies.nbytes
         measured.marks = driver.ledger.marks
+        measured.chunks_on_link = copies.spans
         self._core.finish()
         return measured
 

@@ -13,10 +13,11 @@ from policies.core import DecisionCore
 from replay.breakdown import breakdown
 from replay.play import ForcedStep, Measured, Replay, Session
 from sim.inputs import Inputs
-from sim.machine import Machine
 from sim.metrics import collect
 from sim.point import Point, Setting, described, make_core, resolve_point
+from sim.spans import Timeline
 from sim.timing import Timing
+from sim.traced import TracedMachine
 from tracer.workload import Workload
 
 Log = list[tuple[object, ...]]
@@ -111,23 +112,31 @@ def _metrics(setting: Setting, core: DecisionCore, measured: Measured) -> dict[s
     return metrics
 
 
-def predict_point(
-    inputs: Inputs, point: Point, timing: Timing, *, expert_bytes: int
-) -> tuple[DecisionCore, dict[str, Any]]:
-    """The same point simulated with ``timing``; the core has its log."""
+def timeline_of(run: Replayed, name: str) -> Timeline:
+    """What the host and the link did; the device's kernels were not timed."""
+    measured = run.measured
+    times = measured.times
+    return Timeline(name, measured.marks, measured.chunks_on_link, (), times.begin, times.end)
+
+
+@dataclass
+class Predicted:
+    """A simulated run; the core has its log. ``result``: as :func:`sim.point.run_point` has it."""
+
+    core: DecisionCore
+    result: dict[str, Any]
+    timeline: Timeline
+
+
+def predict_point(inputs: Inputs, point: Point, timing: Timing, *, expert_bytes: int) -> Predicted:
+    """The same point simulated with ``timing``."""
     setting = resolve_point(inputs, point, expert_bytes=expert_bytes)
     core = make_core(inputs, setting, log=[])
-    machine = Machine(
-        setting.workload,
-        core,
-        timing,
-        window=point.window,
-        bursts=not setting.info.time_dependent,
-    )
+    machine = TracedMachine(setting.workload, core, timing, window=point.window)
     machine.run()
     metrics = collect(setting.workload, machine.times, core.tally, machine.link.busy_ns)
     result = described(inputs, setting, core, metrics)
     result["timing"] = timing.provenance
     times = machine.times
     result["step_ms"] = ((np.array(times.end) - np.array(times.begin)) / 1e6).round(6).tolist()
-    return core, result
+    return Predicted(core, result, machine.timeline("simulated"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from time import perf_counter_ns
 
 import torch
 
@@ -12,6 +13,7 @@ from policies.transfers import Copy
 from replay.cuda_driver import CopyStream
 from replay.layout import ExpertLayout
 from replay.store import ExpertStore
+from sim.spans import ChunkSpan
 
 
 class SlotPool:
@@ -52,7 +54,10 @@ class CopyEngine:
         self._source = store.memory.view(-1, store.layout.nbytes)
         self._pool = pool
         self._nbytes = store.layout.nbytes
-        self._flights: deque[tuple[Copy, int]] = deque()
+        self._flights: deque[tuple[Copy, int, int]] = deque()
+        #: chunks from their hand-over, or the landing before, to where the host saw them landed
+        self.spans: list[ChunkSpan] = []
+        self._last_landed = 0
         self.cuda = pool.memory.is_cuda
         self._stream = torch.cuda.Stream() if self.cuda else None
         self._copies = (
@@ -96,7 +101,12 @@ class CopyEngine:
         landed = False
         flights, copies = self._flights, self._copies
         while flights and (copies is None or copies.landed(flights[0][1])):
-            self._core.chunk_done(flights.popleft()[0])
+            copy, _, handed = flights.popleft()
+            now = perf_counter_ns()
+            begin = max(handed, self._last_landed)
+            self._last_landed = now
+            self.spans.append(ChunkSpan(copy.key, copy.source, copy.demand, begin, now))
+            self._core.chunk_done(copy)
             landed = True
         return landed
 
@@ -117,12 +127,14 @@ class CopyEngine:
         if self._copies is None:
             run = slice(offset, offset + nbytes)
             self._pool.memory[slot, run].copy_(self._source[key, run])
-            self._flights.append((copy, 0))
+            self._flights.append((copy, 0, perf_counter_ns()))
             return
         target = self._pool_at + slot * self._nbytes + offset
         source = self._source_at + key * self._nbytes + offset
         if self._scratch is None:
-            self._flights.append((copy, self._copies.copy(target, source, nbytes)))
+            event = self._copies.copy(target, source, nbytes)
+            self._flights.append((copy, event, perf_counter_ns()))
             return
         behind = (self._scratch.data_ptr(), self._source_at, int(nbytes * self._more))
-        self._flights.append((copy, self._copies.copy(target, source, nbytes, behind)))
+        event = self._copies.copy(target, source, nbytes, behind)
+        self._flights.append((copy, event, perf_counter_ns()))

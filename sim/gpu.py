@@ -32,6 +32,10 @@ class GpuStream:
         """Queue a kernel that may start at ``earliest``."""
         self.pending.append((earliest, nominal_ns, slowdown_ppm, kind))
 
+    def ran(self, kind: int, begin: int, end: int) -> None:
+        """A kernel's times are settled."""
+        self.busy_ns[kind] += end - begin
+
     def end(self, known_until: int) -> int:
         """When everything submitted ends, given the link's activity up to ``known_until``."""
         pending = self.pending
@@ -47,7 +51,7 @@ class GpuStream:
             if end > known_until:
                 return self._estimate(free)
             pending.popleft()
-            self.busy_ns[kind] += end - start
+            self.ran(kind, start, end)
             free = self._free = end
             while len(intervals) > 1 and intervals[0][1] <= free:
                 intervals.popleft()

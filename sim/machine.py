@@ -52,6 +52,9 @@ class Machine:
     link's, ``core.tally`` the decisions'.
     """
 
+    link_class: type[Link] = Link
+    gpu_class: type[GpuStream] = GpuStream
+
     def __init__(
         self,
         workload: Workload,
@@ -65,14 +68,14 @@ class Machine:
         self.workload = workload
         self.core = core
         self.timing = timing
-        self.link = Link(
+        self.link = self.link_class(
             core,
             timing.link,
             window,
             timing.host.copy_issue_ns,
             timing.link_slowdown_cpu_ppm,
         )
-        self.gpu = GpuStream(self.link)
+        self.gpu = self.gpu_class(self.link)
         self._quiet = QuietLink(
             timing, self.link, self.gpu, workload.num_layers, workload.num_experts
         )

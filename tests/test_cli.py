@@ -250,6 +250,9 @@ def test_what_stops_a_sweep_is_said_alone(  # type: ignore[no-untyped-def]
     assert ran.err.count("\n") == 1
 
 
+HEEDS_SIGINT = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["term", "int"]
 )
@@ -264,7 +267,8 @@ def test_a_sweep_that_is_stopped_leaves_no_scratch_and_no_workers(
     )
     words = ["sweep", str(config), "--out", str(out), "--jobs", "2"]
     running = subprocess.Popen(
-        [sys.executable, "-c", "import cli; cli.main()", *words],
+        # A shell's background jobs ignore SIGINT, and so do their children.
+        [sys.executable, "-c", f"{HEEDS_SIGINT}; import cli; cli.main()", *words],
         cwd=Path(cli.__file__).parent,
         env={**os.environ, "TMPDIR": str(scratch), "JOBLIB_TEMP_FOLDER": str(scratch)},
         stdout=subprocess.PIPE,

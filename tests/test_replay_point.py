@@ -86,8 +86,9 @@ def test_whatever_is_kept_the_model_says_the_same(
 def test_the_simulator_decides_what_the_device_decided(session: Session, inputs: Inputs) -> None:
     found = replay_point(session, inputs, point("lru", "25%"))
     nbytes = session.ready.layout.nbytes
-    core, told = predict_point(inputs, point("lru", "25%"), FlatTiming(), expert_bytes=nbytes)
-    assert found.log == decisions(core)
+    simulated = predict_point(inputs, point("lru", "25%"), FlatTiming(), expert_bytes=nbytes)
+    told = simulated.result
+    assert found.log == decisions(simulated.core)
     assert told["decode"] == found.result["decode"]
     assert len(told["step_ms"]) == len(found.measured.times.end)
 

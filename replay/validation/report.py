@@ -22,11 +22,12 @@ from replay.validation.errors import (
     stall_gap,
 )
 from replay.validation.run import Canary, Judged
+from sim.spans import chrome_trace
 
 DRIFT = 0.02
 """A canary that moved more than this has to be told."""
 _STALL_FROM_MS = 0.05  # exposed stall below this is not judged in relative terms
-_OVERLAP = 0.15
+_SHOWN_FROM, _SHOWN = 20, 3  # steps of the timeline
 
 Figures = dict[str, Any]
 
@@ -137,10 +138,28 @@ def write_report(
         "points": rows,
     }
     raw = [{"cell": each.cell.label, "measured": each.measured} for each in judged]
+    shown = _timelines(judged)
+    if shown is not None:
+        write_atomically(out / "timeline.json", _json(shown))
     write_atomically(out / "report.json", _json(report))
     write_atomically(out / "measurements.json", _json(raw))
     write_atomically(out / "report.md", ("\n".join(lines(report)) + "\n").encode())
     return report
+
+
+def _timelines(judged: Sequence[Judged]) -> Figures | None:
+    """A few decode steps of one point, simulated and measured, for chrome://tracing or Perfetto.
+
+    The first point whose decisions depend on time, or the first of all.
+    """
+    chosen = sorted(judged, key=lambda each: each.time_independent)[0]
+    if chosen.simulated is None or chosen.timed is None:
+        return None
+    steps = len(chosen.simulated.step_begins)
+    first = min(_SHOWN_FROM, steps - 1)
+    last = min(first + _SHOWN - 1, steps - 1)
+    trace = chrome_trace([chosen.simulated, chosen.timed], chosen.experts, first, last)
+    return {**trace, "otherData": {"point": chosen.cell.label, "steps": f"{first} to {last}"}}
 
 
 def drift(canaries: tuple[Canary, Canary]) -> dict[str, float]:

@@ -16,12 +16,13 @@ import policies
 from configs.timings import ModelTimes
 from replay.calibrate.model import measure_link
 from replay.play import Session
-from replay.point import decisions, predict_point, replay_point
+from replay.point import decisions, predict_point, replay_point, timeline_of
 from replay.validation.machine import scaled
 from replay.validation.plan import Cell
 from sim.calibrated import CalibratedTiming
 from sim.inputs import Inputs
 from sim.point import Point, resolve_point
+from sim.spans import Timeline
 
 Say = Callable[[str], None]
 
@@ -31,7 +32,7 @@ class Judged:
     """A cell: what was predicted, and each measurement of it.
 
     ``difference``: the first decision in which the device's run was another, None if there is none
-    or the policy's decisions depend on time.
+    or the policy's decisions depend on time. ``simulated``, ``timed``: both runs' timelines.
     """
 
     cell: Cell
@@ -40,6 +41,9 @@ class Judged:
     time_independent: bool
     measured: list[dict[str, Any]] = field(default_factory=list)
     difference: str | None = None
+    experts: int = 0
+    simulated: Timeline | None = None
+    timed: Timeline | None = None
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,18 @@ def predict(
             times.model_copy(update={"link": scaled(times.link, cell.link_scale)}),
             policy=cell.point.label,
         )
-        core, predicted = predict_point(inputs, cell.point, timing, expert_bytes=nbytes)
+        found = predict_point(inputs, cell.point, timing, expert_bytes=nbytes)
         free = not (info.time_dependent or info.prefetches)
-        judged.append(Judged(cell, predicted, decisions(core), free))
+        judged.append(
+            Judged(
+                cell,
+                found.result,
+                decisions(found.core),
+                free,
+                experts=setting.shape.experts,
+                simulated=found.timeline,
+            )
+        )
     return judged
 
 
@@ -95,6 +108,7 @@ def measure(
                 for begin, end in zip(run.measured.times.begin, run.measured.times.end, strict=True)
             ]
             each.measured.append(result)
+            each.timed = timeline_of(run, "measured")
             tpot = _tpot(result), _tpot(each.predicted)
             say(
                 f"round {repeat + 1}, {done + 1} of {len(order)}: {each.cell.label}: measured "
