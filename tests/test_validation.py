@@ -25,6 +25,7 @@ from replay.validation.plan import Cell, cells_of, load_plan  # noqa: E402
 from replay.validation.report import write_report  # noqa: E402
 from replay.validation.run import Canary, Judged, first_difference  # noqa: E402
 from sim.point import Point  # noqa: E402
+from sim.spans import Timeline  # noqa: E402
 from tests.test_timings import model_times  # noqa: E402
 
 PLAN = """
@@ -129,6 +130,12 @@ def test_the_report_tells_drift_differences_and_errors(tmp_path: Path) -> None:
     plan = load_plan(path)
     cells = [judged("lru", 10.2, (10.0, 10.1)), judged("next-gate", 8.0, (9.0, 9.0), free=False)]
     cells[0].difference = "event 1: simulated, on the device"
+    for each in cells:
+        each.experts = 64
+        each.simulated, each.timed = (
+            Timeline(name, [(0, 0, -1, 0), (1500, 3, 0, 2)], [], [], [0], [2000])
+            for name in ("simulated", "measured")
+        )
     facts = {
         "machine": "A GPU, driver 1",
         "weights": "Weights are random.",
@@ -148,6 +155,13 @@ def test_the_report_tells_drift_differences_and_errors(tmp_path: Path) -> None:
     assert "**differ**" in text
     assert report["summary"]["prefetching"]["tpot_ms"]["worst"] == pytest.approx(1 / 9)
     assert json.loads((tmp_path / "report.json").read_text())["points"][0]["policy"] == "lru"
+    shown = json.loads((tmp_path / "timeline.json").read_text())
+    assert shown["otherData"]["point"] == "next-gate 25% x1"
+    spans = [event for event in shown["traceEvents"] if event["ph"] == "X"]
+    assert [(event["pid"], event["name"], event["dur"]) for event in spans] == [
+        (1, "decide", 1.5),
+        (2, "decide", 1.5),
+    ]
     assert {path.suffix for path in draw_scatter(report, tmp_path)} == {".png", ".svg"}
 
 
