@@ -9,8 +9,8 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from replay.ledger import NAMES
 from replay.play import ForcedStep, Measured
+from sim.spans import NAMES
 
 Ints = npt.NDArray[np.int64]
 

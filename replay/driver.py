@@ -17,8 +17,9 @@ from policies.core import DecisionCore
 from policies.interface import Prediction
 from policies.memory import RESIDENT
 from policies.transfers import Copy
-from replay.ledger import COPY, DECIDE, EXPERTS, GPU, ISSUE, STEP, Ledger
+from replay.ledger import Ledger
 from replay.slots import CopyEngine
+from sim.spans import COPY, DECIDE, EXPERTS, GPU, ISSUE, STEP
 from tracer.workload import distinct
 
 Launch = Callable[[Sequence[int]], None]

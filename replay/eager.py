@@ -19,9 +19,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from policies.core import DecisionCore
 from replay.driver import Driver
-from replay.ledger import SEGMENT
 from replay.slots import CopyEngine, SlotPool
 from replay.store import ExpertStore
+from sim.spans import SEGMENT
 
 if TYPE_CHECKING:
     from replay.predictors import Predictors
@@ -81,11 +81,6 @@ class EagerEngine:
             del module._moesim_replay
         if self.predictors is not None:
             self.predictors.hidden = None
-
-    @property
-    def kernel(self) -> str:
-        """What computes the experts: the project's own kernels or the library's."""
-        return KERNEL if self._tiles is None else "tiles"
 
     def _tile_experts(self) -> TileExperts | None:
         """None: no kernel of ours knows this kind of experts."""

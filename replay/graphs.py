@@ -23,8 +23,7 @@ from configs.errors import UserError
 from replay.cuda_driver import SmallWrites
 from replay.driver import Driver
 from replay.kernels import GatedExperts, gated_experts
-from replay.ledger import SEGMENT
-from replay.slots import SlotPool
+from sim.spans import SEGMENT
 
 IMPLEMENTATION = "moesim_capture"
 _SLOTS_A_WORD = 4
@@ -204,15 +203,12 @@ class GroupLaunches:
 class GraphEngine:
     """Decodes with captured segments. One request batch of the captured step's rows.
 
-    ``driver`` and ``pool`` are those of the engine that prefills: the cache of experts is one.
+    ``driver`` is that of the engine that prefills: the cache of experts is one.
     ``forced``: expert ids by layer to execute instead of the model's own, int [layers, rows, k].
     """
 
-    def __init__(
-        self, driver: Driver, pool: SlotPool, step: CapturedStep, launches: GroupLaunches
-    ) -> None:
+    def __init__(self, driver: Driver, step: CapturedStep, launches: GroupLaunches) -> None:
         self.driver = driver
-        self.pool = pool
         self.step = step
         self.forced: np.ndarray | None = None
         self._launches = launches

@@ -7,21 +7,7 @@ from __future__ import annotations
 
 from time import perf_counter_ns
 
-from sim.spans import COPY, CPU, DECIDE, EXPERTS, GPU, ISSUE, NAMES, SEGMENT, STEP, Mark
-
-__all__ = [
-    "COPY",
-    "CPU",
-    "DECIDE",
-    "EXPERTS",
-    "GPU",
-    "ISSUE",
-    "NAMES",
-    "SEGMENT",
-    "STEP",
-    "Ledger",
-    "Mark",
-]
+from sim.spans import Mark
 
 
 class Ledger:

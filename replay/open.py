@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+
 from configs.errors import UserError
 from replay.model import ReplayModel, from_checkpoint, synthetic
 from replay.published import transformers_config
@@ -22,6 +25,11 @@ def open_model(model: str | None, geometry: str | None, device: str) -> ReplayMo
         return from_checkpoint(model, place)
     assert geometry is not None
     return synthetic(transformers_config(geometry), place)
+
+
+def command_line() -> str:
+    """The command that is running, to stand beside what it writes."""
+    return " ".join(["moesim", *map(shlex.quote, sys.argv[1:])])
 
 
 def weights_of(ready: ReplayModel) -> str:

@@ -16,10 +16,9 @@ from transformers import StaticCache
 
 from policies.core import DecisionCore
 from replay.eager import EagerEngine
-from replay.ledger import STEP
 from replay.model import ReplayModel
 from sim.machine import StepTimes
-from sim.spans import ChunkSpan
+from sim.spans import STEP, ChunkSpan
 
 if TYPE_CHECKING:
     from replay.graphs import CapturedStep, GraphEngine
@@ -190,11 +189,11 @@ class Replay:
     def _graph_engine(self) -> GraphEngine:
         from replay.graphs import GraphEngine, GroupLaunches, require_kernels
 
-        ready, pool = self._session.ready, self.eager.pool
-        kernels = require_kernels(ready.modules, pool.views)
+        ready = self._session.ready
+        kernels = require_kernels(ready.modules, self.eager.pool.views)
         step = self._session.captured()
         launches = GroupLaunches(step, kernels, ready.top_k + 1)
-        return GraphEngine(self.eager.driver, pool, step, launches)
+        return GraphEngine(self.eager.driver, step, launches)
 
 
 @contextmanager

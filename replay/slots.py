@@ -82,11 +82,6 @@ class CopyEngine:
             )
         return torch.empty(size, dtype=torch.uint8, device=self._pool.memory.device)
 
-    @property
-    def busy(self) -> bool:
-        """Whether a chunk is under way."""
-        return bool(self._flights)
-
     def refill(self) -> None:
         """Hand over chunks while the window has room and the core names one."""
         core = self._core

@@ -34,7 +34,6 @@ class CalibratedTiming(RooflineTiming):
         link_bytes_per_s: int | None = None,
     ) -> None:
         super().__init__(geometry, hardware)
-        self.source = f"{times.machine}; {times.source}"
         self._own = times.policies.get(policy or "")
         self.predictor_ns = {**self.predictor_ns, **times.predictor_ns}
         self._decode = [each for each in times.passes if each.tokens == 1]
@@ -66,7 +65,7 @@ class CalibratedTiming(RooflineTiming):
 
     def segment_ns(self, layer: int, tokens: int, requests: int, kv_tokens: int) -> int:
         """By layer; decode steps by KV capacity."""
-        self._refuse_batches(tokens, requests)
+        self._refuse_batches(requests)
         if tokens == 1:
             low, high, share = _around(self._decode, [p.kv_tokens for p in self._decode], kv_tokens)
         else:
@@ -99,7 +98,7 @@ class CalibratedTiming(RooflineTiming):
         return _around(self._prefill, [each.tokens for each in self._prefill], tokens)
 
     @staticmethod
-    def _refuse_batches(tokens: int, requests: int) -> None:
+    def _refuse_batches(requests: int) -> None:
         if requests > 1:
             raise ValueError(f"times of {requests} requests at a time were not measured")
 

@@ -27,7 +27,14 @@ from typing import Annotated, Any, Self
 import pandas as pd
 import pyarrow as pa
 from joblib import Parallel, delayed
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 import policies
 from configs.errors import UserError
@@ -91,6 +98,16 @@ class PolicyChoice(BaseModel):
         return given
 
 
+def _from_bare_names(value: Any) -> Any:
+    if not isinstance(value, list | tuple):
+        return value
+    return tuple({"name": item} if isinstance(item, str) else item for item in value)
+
+
+PolicyChoices = Annotated[tuple[PolicyChoice, ...], BeforeValidator(_from_bare_names)]
+"""Policies of a file, of which a bare name is one without parameters."""
+
+
 class SweepConfig(BaseModel):
     """What to sweep. Lists multiply; ``links`` empty means each hardware's own link.
 
@@ -103,7 +120,7 @@ class SweepConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     trace: str
-    policies: tuple[PolicyChoice, ...] = Field(min_length=1)
+    policies: PolicyChoices = Field(min_length=1)
     hardware: tuple[str, ...] = Field(min_length=1)
     budgets: tuple[str, ...] = ()
     expert_budgets: tuple[str, ...] = ()
@@ -115,13 +132,6 @@ class SweepConfig(BaseModel):
     max_tokens: int | None = Field(default=None, ge=1)
     fit_share: float | None = Field(default=None, ge=0, lt=1)
     seed: int = Field(default=0, ge=0, le=2**62)
-
-    @field_validator("policies", mode="before")
-    @classmethod
-    def _bare_names(cls, value: Any) -> Any:
-        if not isinstance(value, list | tuple):
-            return value
-        return tuple({"name": item} if isinstance(item, str) else item for item in value)
 
     @model_validator(mode="after")
     def _one_kind_of_budget(self) -> Self:

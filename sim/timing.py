@@ -34,10 +34,6 @@ class HostCosts:
     awaited_ns: int = 0
     landing_ns: int = 0
 
-    def launch_ns(self, experts: int) -> int:
-        """Of one group of experts."""
-        return self.experts_launch_ns + (experts - 1) * self.launch_each_ns
-
     def gate_ns(self, awaited: int) -> int:
         """Of a decision about a wave that awaits so many experts."""
         return self.decision_ns + awaited * self.awaited_ns

@@ -18,7 +18,9 @@ from policies.interface import PolicyData, Shape  # noqa: E402
 from replay.checkpoint import ExpertReader  # noqa: E402
 from replay.model import ReplayModel, from_checkpoint  # noqa: E402
 from replay.play import ForcedStep, Replay, Session  # noqa: E402
+from replay.point import decisions, forced_steps  # noqa: E402
 from replay.skeleton import experts_modules, meta_model, read_config  # noqa: E402
+from sim.inputs import Inputs  # noqa: E402
 from sim.machine import Machine  # noqa: E402
 from tests.machines import FlatTiming  # noqa: E402
 from tracer.trace import Trace  # noqa: E402
@@ -37,18 +39,9 @@ def twin(shared: Path) -> Iterator[ReplayModel]:
 @pytest.fixture(scope="module")
 def recorded() -> tuple[Workload, list[ForcedStep]]:
     """The sample's first rows, as steps to force."""
-    columns = Trace.open("sample").load(
-        ["request", "step", "phase", "position", "token_id", "experts"], 0, ROWS
-    )
-    work = Workload(columns, 64)
-    bounds = [*work.row_of_step.tolist(), work.num_tokens]
-    steps = []
-    for step in work.steps():
-        rows = slice(bounds[step.index], bounds[step.index + 1])
-        ids = columns["experts"][rows].astype(np.int64)
-        prefill = step.prefill_tokens > 0
-        tokens = columns["token_id"][rows]
-        steps.append(ForcedStep(step.index, prefill, step.begins, step.ends, tokens, ids))
+    inputs = Inputs(Trace.open("sample"), max_tokens=ROWS)
+    work = inputs.workload("last-use")
+    steps = forced_steps(inputs, work, vocabulary=2**31)
     return work, steps
 
 
@@ -66,11 +59,6 @@ def make_core(twin: ReplayModel, policy: str, share: float, **given: Any) -> Dec
         needs_staging=built.cache.may_refuse,
     )
     return DecisionCore(shape, plan, built, options, log=[])
-
-
-def decisions(core: DecisionCore) -> list[tuple[object, ...]]:
-    assert core.log
-    return [entry for entry in core.log if entry[0] != "landed"]
 
 
 @pytest.mark.parametrize(
@@ -95,6 +83,7 @@ def test_the_replay_decides_what_the_simulator_decides(
     replayed, simulated = (make_core(twin, policy, share, **given) for _ in range(2))
     measured = Replay(Session(twin, work.max_context), replayed, window=window).run(steps)
     Machine(work, simulated, FlatTiming()).run()
+    assert replayed.log
     assert decisions(replayed) == decisions(simulated)
     assert replayed.tally == simulated.tally
     assert measured.copied_bytes == simulated.tally.copied_bytes

@@ -24,9 +24,9 @@ from policies.interface import PolicyData, Shape
 from replay.breakdown import Marks
 from replay.calibrate.rig import CalibrationError
 from replay.cuda_driver import CopyStream
-from replay.ledger import COPY, DECIDE, EXPERTS, GPU, ISSUE, SEGMENT, STEP
 from replay.play import ForcedStep, Replay, Session
 from replay.slots import SlotPool
+from sim.spans import COPY, DECIDE, EXPERTS, GPU, ISSUE, SEGMENT, STEP
 
 if TYPE_CHECKING:
     from replay.graphs import GroupLaunches
@@ -374,7 +374,7 @@ def measure_link(session: Session) -> LinkTimes:
     stream = torch.cuda.Stream()
     copies = CopyStream(stream.cuda_stream, _TRAIN)
     memory = session.ready.store.memory.view(-1, nbytes)
-    # Slots of their own, as in a run: what is written twice soon stays in the GPU's cache.
+    # Slots of their own, as in a run.
     slots = torch.empty((_TRAIN, nbytes), dtype=torch.uint8, device=session.device)
     rng = np.random.default_rng(0)
 

@@ -38,7 +38,7 @@ def calibrate_model(
     ``hardware``: the profile that they go with; its readback time is kept.
     """
     from replay.calibrate.cuda import CudaRig
-    from replay.open import DTYPE, open_model
+    from replay.open import DTYPE, command_line, open_model
     from replay.play import Session
     from replay.validation.machine import model_times
 
@@ -58,10 +58,11 @@ def calibrate_model(
     with closing(open_model(model, geometry, "cuda")) as ready:
         print(f"moesim: {time.monotonic() - began:5.0f} s  the model is loaded", file=sys.stderr)
         session = Session(ready, kv_tokens)
-        command = f"moesim calibrate --geometry {name} --kv-tokens {kv_tokens}"
         # Once to compile and to allocate, once to measure.
         for _ in range(2):
-            times = model_times(session, profile, name, DTYPE, prefill_tokens, machine, command)
+            times = model_times(
+                session, profile, name, DTYPE, prefill_tokens, machine, command_line()
+            )
             took = time.monotonic() - began
             print(f"moesim: {took:5.0f} s  measured", file=sys.stderr, flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
 from typing import Annotated, Any
 
 import typer
@@ -85,7 +86,7 @@ def replay_command(
         fit_share=fit_share,
     )
     inputs = inputs_for(Trace.open(trace), point)
-    with _closing(open_model(model, geometry, device)) as ready:
+    with closing(open_model(model, geometry, device)) as ready:
         session = Session(ready, inputs.workload(point.touch_order).max_context)
         run = replay_point(session, inputs, point, link_scale=link_scale)
         result = {**run.result, "weights": ready.source, "device": str(session.device)}
@@ -96,12 +97,6 @@ def replay_command(
         print(json.dumps(result, indent=2, allow_nan=False))
         return
     _print(result, told)
-
-
-def _closing(ready: Any) -> Any:
-    from contextlib import closing
-
-    return closing(ready)
 
 
 def _print(result: dict[str, Any], told: str) -> None:

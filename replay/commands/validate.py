@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import time
 from contextlib import closing
@@ -62,9 +61,8 @@ def _validate(plan: Any, trace: str, out: Path, device: str) -> dict[str, Any]:
     from configs.files import write_atomically
     from configs.hardware import load_hardware
     from configs.timings import render
-    from policies import get
     from replay.calibrate.cuda import CudaRig
-    from replay.open import DTYPE, open_model, weights_of
+    from replay.open import DTYPE, command_line, open_model, weights_of
     from replay.play import Session
     from replay.point import replay_point
     from replay.validation.figure import draw_scatter
@@ -72,21 +70,17 @@ def _validate(plan: Any, trace: str, out: Path, device: str) -> dict[str, Any]:
     from replay.validation.plan import cells_of, point_of
     from replay.validation.report import write_report
     from replay.validation.run import canary, digest, measure, predict
-    from sim.inputs import Inputs, learned_among
+    from sim.inputs import Inputs
     from sim.point import Point
     from tracer.trace import Trace
 
     say = _Clock()
     opened = Trace.open(trace)
-    learned: dict[str, None] = {}
+    learned = tuple(dict.fromkeys(name for choice in plan.policies for name in choice.learned))
     share = plan.fit_share or 0.0
-    for choice in plan.policies:
-        info = get(choice.name)
-        params, _ = info.parse(choice.set)
-        learned |= dict.fromkeys(learned_among(info.all_columns(params)))
 
     def inputs_of(requests: tuple[int, ...]) -> Inputs:
-        return Inputs(opened, requests=requests, fit_share=share, learned=tuple(learned))
+        return Inputs(opened, requests=requests, fit_share=share, learned=learned)
 
     judged_inputs, own = inputs_of(plan.requests), inputs_of(plan.calibration_requests)
     cells = list(cells_of(plan))
@@ -99,7 +93,7 @@ def _validate(plan: Any, trace: str, out: Path, device: str) -> dict[str, Any]:
         resident = Point(policy="resident", hardware=plan.hardware, geometry=plan.geometry)
         replay_point(session, own, resident)  # compiles, allocates, warms up
         geometry = plan.geometry or opened.manifest.geometry.name
-        command = f"moesim validate {shlex.quote(plan.name)}"
+        command = command_line()
         times = model_times(
             session, hardware, geometry, DTYPE, plan.prefill_tokens, machine, command
         )
@@ -123,7 +117,7 @@ def _validate(plan: Any, trace: str, out: Path, device: str) -> dict[str, Any]:
         facts = {
             "machine": machine,
             "weights": weights_of(ready),
-            "command": " ".join(["moesim", *map(shlex.quote, sys.argv[1:])]),
+            "command": command,
             "predictions_sha256": sha256,
             "trace": judged[0].predicted["trace"],
             "decode_tokens": judged[0].predicted["tokens"]["decode"],

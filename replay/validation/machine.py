@@ -12,12 +12,12 @@ from configs.timings import LinkTimes, ModelTimes, PolicyTimes
 from policies.interface import Prediction
 from replay.breakdown import Marks
 from replay.calibrate.model import ModelRig
-from replay.ledger import DECIDE, ISSUE
 from replay.play import Session
 from replay.point import Replayed, replay_point
 from replay.predictors import LEARNED, NEXT_GATE
 from sim.inputs import Inputs
 from sim.point import Point
+from sim.spans import DECIDE, ISSUE
 
 _REPEATS = 30
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from configs.load import find, read_yaml
 from sim.point import Point
-from sim.sweeps import PolicyChoice
+from sim.sweeps import PolicyChoice, PolicyChoices
 
 
 class ValidationPlan(BaseModel):
@@ -33,18 +33,11 @@ class ValidationPlan(BaseModel):
     calibration_requests: tuple[int, ...] = Field(min_length=1)
     calibration_budget: str = "37.5%"
     prefill_tokens: tuple[int, ...] = (8, 64)
-    policies: tuple[PolicyChoice, ...] = Field(min_length=1)
+    policies: PolicyChoices = Field(min_length=1)
     budgets: tuple[str, ...] = Field(min_length=1)
     link_scales: tuple[float, ...] = (1.0,)
     repeats: int = Field(default=3, ge=1, le=20)
     fit_share: float | None = None
-
-    @field_validator("policies", mode="before")
-    @classmethod
-    def _bare_names(cls, value: Any) -> Any:
-        if not isinstance(value, list | tuple):
-            return value
-        return tuple({"name": item} if isinstance(item, str) else item for item in value)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -16,7 +16,7 @@ import policies
 from configs.timings import ModelTimes
 from replay.calibrate.model import measure_link
 from replay.play import Session
-from replay.point import decisions, predict_point, replay_point, timeline_of
+from replay.point import decisions, predict_point, replay_point, step_ms, timeline_of
 from replay.validation.machine import scaled
 from replay.validation.plan import Cell
 from sim.calibrated import CalibratedTiming
@@ -102,11 +102,7 @@ def measure(
             run = replay_point(session, inputs, each.cell.point, link_scale=each.cell.link_scale)
             if each.time_independent and each.difference is None:
                 each.difference = first_difference(each.log, run.log)
-            result = run.result
-            result["step_ms"] = [
-                round((end - begin) / 1e6, 6)
-                for begin, end in zip(run.measured.times.begin, run.measured.times.end, strict=True)
-            ]
+            result = {**run.result, "step_ms": step_ms(run.measured.times)}
             each.measured.append(result)
             each.timed = timeline_of(run, "measured")
             tpot = _tpot(result), _tpot(each.predicted)
