@@ -1,18 +1,21 @@
-"""Where the measured time went, from the host's ledger."""
+"""Where the time went, from the host's ledger: of a measured run and of a simulated one alike."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from replay.play import ForcedStep, Measured
-from sim.spans import NAMES
+from sim.spans import NAMES, Mark, Timeline
+from tracer.workload import Workload
 
 Ints = npt.NDArray[np.int64]
+COMPONENTS = tuple(name.replace(" ", "_").lower() for name in NAMES)
+"""What the host did, by the kinds of :mod:`sim.spans`."""
 
 
 @dataclass(frozen=True)
@@ -28,26 +31,36 @@ class Marks:
 
     @classmethod
     def of(cls, measured: Measured) -> Self:
-        """The marks of a run, each with its step."""
-        end, kind, layer, count = np.array(measured.marks, np.int64).reshape(-1, 4).T
+        """The marks of a measured run, each with its step."""
+        return cls.read(measured.marks, measured.times.begin)
+
+    @classmethod
+    def read(cls, marks: Sequence[Mark], begins: Sequence[int]) -> Self:
+        """``begins``: of the steps, ns."""
+        end, kind, layer, count = np.array(marks, np.int64).reshape(-1, 4).T
         # The mark that ends where a step begins is the last of what was before.
-        step = np.searchsorted(np.array(measured.times.begin), end, side="left") - 1
+        step = np.searchsorted(np.array(begins), end, side="left") - 1
         return cls(np.diff(end, prepend=end[:1]), end, kind, layer, count, step)
+
+
+def components(marks: Marks, decode: npt.NDArray[np.bool_]) -> dict[str, float | None]:
+    """Mean time of a decode step by what the host did, ms. ``decode``: bool [steps]."""
+    number = int(decode.sum())
+    if not number:
+        return dict.fromkeys(COMPONENTS)
+    counted = (marks.step >= 0) & decode[np.maximum(marks.step, 0)]
+    return {
+        name: float(marks.duration[counted & (marks.kind == kind)].sum()) / number / 1e6
+        for kind, name in enumerate(COMPONENTS)
+    }
 
 
 def breakdown(measured: Measured, steps: Sequence[ForcedStep]) -> dict[str, float | None]:
     """Mean time of a decode step by what the host did, ms, and of it the device's idle waits."""
     decode = np.array([not step.prefill for step in steps])
-    names = [name.replace(" ", "_").lower() for name in NAMES]
+    parts = components(Marks.of(measured), decode)
     if not decode.any():
-        return dict.fromkeys((*names, "stall_late", "stall_miss"))
-    marks = Marks.of(measured)
-    counted = (marks.step >= 0) & decode[np.maximum(marks.step, 0)]
-    number = int(decode.sum())
-    parts = {
-        name: float(marks.duration[counted & (marks.kind == kind)].sum()) / number / 1e6
-        for kind, name in enumerate(names)
-    }
+        return {**parts, **dict.fromkeys(("stall_late", "stall_miss"))}
     times = measured.times
     late, miss = np.array(times.stall_late), np.array(times.stall_miss)
     return {
@@ -55,3 +68,38 @@ def breakdown(measured: Measured, steps: Sequence[ForcedStep]) -> dict[str, floa
         "stall_late": float(late[decode].mean()) / 1e6,
         "stall_miss": float(miss[decode].mean()) / 1e6,
     }
+
+
+def particulars(timeline: Timeline, workload: Workload) -> dict[str, Any]:
+    """What a prediction and a measurement are compared by beside the metrics of all runs.
+
+    ``step_ms``: of every decode step. ``prefill_ms``: mean time of a prefill by its tokens.
+    ``host_ms``: of a decode step, by what the host did. ``link_ms``: of a decode step, time in
+    which the link carried something, None where nobody decodes.
+    """
+    steps = list(workload.steps())
+    decode = np.array([step.prefill_tokens == 0 for step in steps])
+    begin, end = np.array(timeline.step_begins), np.array(timeline.step_ends)
+    taken = (end - begin) / 1e6
+    prefills: dict[int, list[float]] = {}
+    for step, ms in zip(steps, taken.tolist(), strict=True):
+        if step.prefill_tokens:
+            prefills.setdefault(step.prefill_tokens, []).append(ms)
+    return {
+        "step_ms": taken[decode].round(6).tolist(),
+        "prefill_ms": {str(size): float(np.mean(prefills[size])) for size in sorted(prefills)},
+        "host_ms": components(Marks.read(timeline.marks, timeline.step_begins), decode),
+        "link_ms": _link_ms(timeline, decode),
+    }
+
+
+def _link_ms(timeline: Timeline, decode: npt.NDArray[np.bool_]) -> float | None:
+    """Chunks count where they end; those after the last step's begin belong to it."""
+    if not decode.any():
+        return None
+    spans = np.array([(chunk.begin, chunk.end) for chunk in timeline.chunks], np.int64)
+    spans = spans.reshape(-1, 2)
+    step = np.searchsorted(np.array(timeline.step_begins), spans[:, 1], side="left") - 1
+    counted = (step >= 0) & decode[np.maximum(step, 0)]
+    busy = (spans[:, 1] - spans[:, 0])[counted].sum()
+    return float(busy) / int(decode.sum()) / 1e6

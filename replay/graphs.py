@@ -189,6 +189,9 @@ class GroupLaunches:
                     kernel.launch(edge.hidden, pieces[group], self._act, edge.out)
                 row.append(graph)
             self._graphs.append(row)
+        for graph in (graph for row in self._graphs for graph in row):
+            graph.replay()  # the first replay of a graph sends it to the device
+        torch.cuda.synchronize()
         self._at = [[int(piece.data_ptr()) for piece in row] for row in self._slots]
 
     def launch(self, layer: int, group: int, slots: Sequence[int]) -> None:

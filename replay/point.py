@@ -10,10 +10,9 @@ import torch
 
 from configs.errors import UserError
 from policies.core import DecisionCore
-from replay.breakdown import breakdown
+from replay.breakdown import breakdown, particulars
 from replay.play import ForcedStep, Measured, Replay, Session
 from sim.inputs import Inputs
-from sim.machine import StepTimes
 from sim.metrics import collect
 from sim.point import Point, Setting, described, make_core, resolve_point
 from sim.spans import Timeline
@@ -103,12 +102,6 @@ def replay_point(
     return Replayed(setting, core, measured, result)
 
 
-def step_ms(times: StepTimes) -> list[float]:
-    """How long each step took."""
-    steps: list[float] = ((np.array(times.end) - np.array(times.begin)) / 1e6).round(6).tolist()
-    return steps
-
-
 def _metrics(setting: Setting, core: DecisionCore, measured: Measured) -> dict[str, Any]:
     times = measured.times
     # What the device did in between is told by the ledger.
@@ -144,5 +137,5 @@ def predict_point(inputs: Inputs, point: Point, timing: Timing, *, expert_bytes:
     metrics = collect(setting.workload, machine.times, core.tally, machine.link.busy_ns)
     result = described(inputs, setting, core, metrics)
     result["timing"] = timing.provenance
-    result["step_ms"] = step_ms(machine.times)
-    return Predicted(core, result, machine.timeline("simulated"))
+    timeline = machine.timeline("simulated")
+    return Predicted(core, {**result, **particulars(timeline, setting.workload)}, timeline)

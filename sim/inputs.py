@@ -61,7 +61,8 @@ class Inputs:
     ``max_tokens``: the first rows only. ``fit_share``: share of the requests set aside for fitted
     policies; the others are judged. ``learned``: learned columns that policies read; the requests
     that trained their predictors are set aside in place of that share, where there are any.
-    ``requests``: of the rows read, those of these requests only.
+    ``requests``: of the rows read, those of these requests only. ``fit_requests``: others that
+    fitted policies learn from, in place of a share.
 
     ``fitted_on`` and ``judged`` are the two sides, ``set_aside_for`` says why they were parted
     (None: they were not), ``notes`` what a user should be told of it.
@@ -75,6 +76,7 @@ class Inputs:
         fit_share: float = 0.0,
         learned: Sequence[str] = (),
         requests: Sequence[int] | None = None,
+        fit_requests: Sequence[int] = (),
     ) -> None:
         if max_tokens is not None and max_tokens < 1:
             raise UserError(f"--max-tokens {max_tokens}: give at least 1")
@@ -87,14 +89,18 @@ class Inputs:
         self._only: npt.NDArray[np.bool_] | None = None
         self._columns = dict(trace.load(list(BASE_COLUMNS), 0, max_tokens))
         if requests is not None:
-            self._keep_only(requests)
+            self._keep_only([*requests, *fit_requests])
         present = list(dict.fromkeys(self._columns["request"].tolist()))
         trained = set().union(*(self._trained_on(name) for name in learned))
         self.fitted_on = [request for request in present if request in trained]
+        chosen = set(fit_requests)
         self.set_aside_for: str | None = None
         self.notes: tuple[str, ...] = ()
         if self.fitted_on:
             self._part_from_trained(", ".join(learned), len(present))
+        elif chosen:
+            self.fitted_on = [request for request in present if request in chosen]
+            self.set_aside_for = f"{len(chosen)} requests were named to fit on"
         else:
             self._part_for_fitting(present)
         fitted = set(self.fitted_on)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +11,41 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from typer.testing import CliRunner  # noqa: E402
+
+import cli  # noqa: E402
 from configs.errors import UserError  # noqa: E402
-from configs.timings import LinkTimes  # noqa: E402
+from configs.timings import LinkTimes, render  # noqa: E402
+from replay.breakdown import COMPONENTS  # noqa: E402
+from replay.model import from_checkpoint  # noqa: E402
+from replay.play import Session  # noqa: E402
+from replay.validation.campaign import PlanInputs, choose, shown, timelines  # noqa: E402
 from replay.validation.errors import (  # noqa: E402
+    at,
     gap,
+    hidden_share,
     naive_ms,
     paired_errors,
     rankings,
-    stall_gap,
+    stall_ms,
 )
 from replay.validation.figure import draw_scatter  # noqa: E402
+from replay.validation.files import (  # noqa: E402
+    RunFiles,
+    open_campaign,
+    open_cells,
+    read_campaign,
+)
+from replay.validation.judged import Canary, Judged, Run  # noqa: E402
 from replay.validation.machine import scaled  # noqa: E402
-from replay.validation.plan import Cell, cells_of, load_plan  # noqa: E402
+from replay.validation.plan import Cell, ValidationPlan, cells_of, load_plan  # noqa: E402
 from replay.validation.report import write_report  # noqa: E402
-from replay.validation.run import Canary, Judged, first_difference  # noqa: E402
+from replay.validation.run import Target, digest, first_difference, measure, predict  # noqa: E402
+from replay.validation.together import write_together  # noqa: E402
 from sim.point import Point  # noqa: E402
 from sim.spans import Timeline  # noqa: E402
-from tests.test_timings import model_times  # noqa: E402
+from tests.test_timings import a_pass, model_times  # noqa: E402
+from tests.traces import make_trace  # noqa: E402
 
 PLAN = """
 name: a plan
@@ -39,6 +58,15 @@ policies: [lru, {name: next-gate, set: {depth: 2}}]
 budgets: [25%, 50%]
 link_scales: [1, 2.2]
 """
+
+
+def plan_of(tmp_path: Path, *changes: tuple[str, str]) -> ValidationPlan:
+    text = PLAN
+    for old, new in changes:
+        text = text.replace(old, new)
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    return load_plan(path)
 
 
 def result(tpot: float, *, stall: float = 1.0, steps: tuple[float, ...] = (1.0, 2.0)) -> Any:
@@ -54,32 +82,56 @@ def result(tpot: float, *, stall: float = 1.0, steps: tuple[float, ...] = (1.0, 
         "memory": {"peak_bytes": 100},
         "peak_memory_bytes": 98,
         "step_ms": list(steps),
+        "prefill_ms": {"8": tpot * 10},
+        "host_ms": dict.fromkeys(COMPONENTS, tpot / len(COMPONENTS)),
+        "link_ms": stall * 2,
+        "duration_ms": 1000.0,
         "trace": {"model": "made-up", "judged_requests": 2},
+        "produced_by": "a test",
     }
+
+
+FACTS = {
+    "machine": "A GPU, driver 1",
+    "weights": "Weights are random.",
+    "command": "moesim validate plan",
+    "expert_bytes": 55_000_000,
+}
+BEFORE, AFTER = Canary(4.0, 55 * 10**9), Canary(4.2, 55 * 10**9)
+A_RUN = Run(1, FACTS, model_times(), BEFORE, AFTER, 55_000_000)
+NOTHING = Timeline("simulated", [], [], [], [], [])
 
 
 def judged(
     policy: str, predicted: float, measured: tuple[float, ...], *, free: bool = True
 ) -> Judged:
     point = Point(policy=policy, hardware="h200-pcie5", expert_budget="25%")
-    return Judged(
-        Cell(point, 1.0), result(predicted), [], free, [result(value) for value in measured]
-    )
+    told = [result(value) for value in measured]
+    return Judged(Cell(point, 1.0), A_RUN, result(predicted), free, told)
+
+
+def target(cell: Cell, predicted: float = 10.0) -> Target:
+    return Target(cell, result(predicted), [], cell.point.policy == "lru", 64, NOTHING)
 
 
 def test_a_gap_is_relative_to_the_median_measurement() -> None:
-    found = gap(judged("lru", 11.0, (9.0, 10.0, 10.5)), "itl_ms", "mean")
+    found = gap(judged("lru", 11.0, (9.0, 10.0, 10.5)), at("itl_ms", "mean"))
     assert found is not None
     assert (found.predicted, found.measured) == (11.0, 10.0)
     assert found.spread == pytest.approx(0.15)
     assert found.error == pytest.approx(0.1)
-    assert stall_gap(judged("lru", 1.0, (1.0,))).error == 0
+    each = judged("lru", 1.0, (1.0,))
+    stall = gap(each, stall_ms)
+    assert stall is not None
+    assert stall.error == 0
+    assert gap(each, at("prefill_ms", "64")) is None
+    # 2 ms of the link's time, in 1 of which somebody waited.
+    assert hidden_share(each.measured[0]) == pytest.approx(0.5)
 
 
 def test_the_naive_estimate_is_what_it_says() -> None:
     # 3 copies a token; each 55 MB at 55 GB/s, 1 ms, and 1 + 5 + 3 + 10 us of host time.
-    found = naive_ms(judged("lru", 9.0, (9.0,)), model_times(), 4.0, 55_000_000)
-    assert found == pytest.approx(4 + 3 * (1 + 0.019))
+    assert naive_ms(judged("lru", 9.0, (9.0,))) == pytest.approx(4 + 3 * (1 + 0.019))
 
 
 def test_steps_are_paired() -> None:
@@ -125,50 +177,221 @@ def test_a_slower_link_is_two_copies() -> None:
 
 
 def test_the_report_tells_drift_differences_and_errors(tmp_path: Path) -> None:
-    path = tmp_path / "plan.yaml"
-    path.write_text(PLAN)
-    plan = load_plan(path)
+    plan = plan_of(tmp_path)
     cells = [judged("lru", 10.2, (10.0, 10.1)), judged("next-gate", 8.0, (9.0, 9.0), free=False)]
     cells[0].difference = "event 1: simulated, on the device"
-    for each in cells:
-        each.experts = 64
-        each.simulated, each.timed = (
-            Timeline(name, [(0, 0, -1, 0), (1500, 3, 0, 2)], [], [], [0], [2000])
-            for name in ("simulated", "measured")
-        )
-    facts = {
-        "machine": "A GPU, driver 1",
-        "weights": "Weights are random.",
-        "command": "moesim validate plan",
-        "predictions_sha256": "0" * 64,
-        "trace": {"model": "made-up", "judged_requests": 2},
-        "decode_tokens": 10,
-    }
-    canaries = (Canary(4.0, 55 * 10**9), Canary(4.2, 55 * 10**9))
-    report = write_report(
-        tmp_path, plan.model_dump(mode="json"), facts, model_times(), cells, canaries, 55_000_000
-    )
+    cells[0].run = cells[1].run = replace(A_RUN, facts={**FACTS, "predictions_sha256": "0" * 64})
+    report = write_report(tmp_path, plan, cells)
     text = (tmp_path / "report.md").read_text()
+    assert "2 of 8 points" in text
     assert "resident, after against before: +5.00% (**the machine drifted**)" in text
     assert "link, after against before: +0.00% (steady)" in text
     assert "| lru | 25% | x1 | 10.050 | 1.0% | 10.200 | +1.5% |" in text
     assert "**differ**" in text
+    assert "| TPOT, prefetching, worst | 1 | 8% | 11.1% | 21.6% | **missed** |" in text
+    assert "| TPOT, demand-only, worst | 1 | 5% | 1.5% |" in text
+    assert "| prefetching | 8 | 1 | 90.0 to 90.0 | 11.1% | 11.1% |" in text
+    assert "| prefetching | decide | 1.125 | -0.125 | -1.4% | -1.4% |" in text
     assert report["summary"]["prefetching"]["tpot_ms"]["worst"] == pytest.approx(1 / 9)
     assert json.loads((tmp_path / "report.json").read_text())["points"][0]["policy"] == "lru"
-    shown = json.loads((tmp_path / "timeline.json").read_text())
-    assert shown["otherData"]["point"] == "next-gate 25% x1"
-    spans = [event for event in shown["traceEvents"] if event["ph"] == "X"]
+    assert {path.suffix for path in draw_scatter([report], tmp_path)} == {".png", ".svg"}
+    both = write_together([tmp_path, tmp_path], tmp_path / "all")
+    assert "| TPOT, prefetching, worst | 2 | 8% | 11.1% | 21.6% | **missed** |" in both
+    assert json.loads((tmp_path / "all" / "summary.json").read_text())["all"]["ranking"]["groups"]
+
+
+def test_a_run_that_was_cut_off_says_so(tmp_path: Path) -> None:
+    each = judged("lru", 10.2, (10.0, 10.1))
+    each.run = replace(A_RUN, facts={**FACTS, "predictions_sha256": "0" * 64}, after=None)
+    write_report(tmp_path, plan_of(tmp_path), [each])
+    assert "The run was cut off" in (tmp_path / "report.md").read_text()
+
+
+def test_tails_are_told_from_a_thousand_tokens_up(tmp_path: Path) -> None:
+    each = judged("lru", 10.2, (10.0,))
+    each.run = replace(A_RUN, facts={**FACTS, "predictions_sha256": "0" * 64})
+    (row,) = write_report(tmp_path, plan_of(tmp_path), [each])["points"]
+    assert "tpot_p99_ms" not in row["figures"]
+    each.predicted["tokens"]["decode"] = 1000
+    (row,) = write_report(tmp_path, plan_of(tmp_path), [each])["points"]
+    assert row["figures"]["tpot_p99_ms"]["measured"] == 10.0
+
+
+def test_a_timeline_has_both_runs_of_a_point_whose_decisions_depend_on_time() -> None:
+    found = [
+        target(Cell(Point(policy=name, hardware="h200-pcie5", expert_budget="25%"), 1.0))
+        for name in ("lru", "next-gate")
+    ]
+    assert shown(found) is None
+    for each in found:
+        each.simulated, each.timed = (
+            Timeline(name, [(0, 0, -1, 0), (1500, 3, 0, 2)], [], [], [0], [2000])
+            for name in ("simulated", "measured")
+        )
+    chosen = shown(found)
+    assert chosen is not None
+    told: Any = timelines(chosen)
+    assert told["otherData"]["point"] == "next-gate 25% x1"
+    spans = [event for event in told["traceEvents"] if event["ph"] == "X"]
     assert [(event["pid"], event["name"], event["dur"]) for event in spans] == [
         (1, "decide", 1.5),
         (2, "decide", 1.5),
     ]
-    assert {path.suffix for path in draw_scatter(report, tmp_path)} == {".png", ".svg"}
+
+
+# ---------------------------------------------------------------------- a campaign
+
+
+def a_run(out: Path, cells: list[Cell], measured: list[tuple[Cell, int]]) -> RunFiles:
+    """A run that predicted ``cells`` and got as far as ``measured``."""
+    files = RunFiles(out)
+    targets = [target(cell) for cell in cells]
+    files.predicted(model_times(), targets, digest(targets), FACTS)
+    files.canaries(BEFORE, None)
+    for cell, repeat in measured:
+        files.measured(target(cell), repeat, result(10.0 + repeat), None)
+    return files
+
+
+def test_a_campaign_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
+    plan, out = plan_of(tmp_path), tmp_path / "out"
+    open_campaign(out, plan)
+    cells = open_cells(out, plan)
+    assert len(cells) == 8
+    first, second = cells[:2]
+    a_run(out, cells, [(first, 0), (second, 0), (first, 1), (first, 2), (second, 1)])
+    path = out / "run-1" / "measurements.jsonl"
+    with path.open("a") as file:
+        file.write('{"cell": "lru 25% x2.2", "rep')  # killed while it wrote
+    (done,) = read_campaign(out, plan)
+    assert (done.cell.label, len(done.measured), done.run.number) == (first.label, 3, 1)
+    assert done.run.after is None
+    open_campaign(out, plan)  # the same plan goes on
+    left = open_cells(out, plan)
+    assert [cell.label for cell in left] == [cell.label for cell in cells[1:]]
+    files = a_run(out, left, [(cell, repeat) for cell in left for repeat in range(3)])
+    files.canaries(BEFORE, AFTER)
+    assert open_cells(out, plan) == []
+    assert [each.run.number for each in read_campaign(out, plan)] == [1, *[2] * 7]
+    assert read_campaign(out, plan)[0].run.times == model_times()
+
+
+def test_the_first_full_measurement_of_a_point_stays(tmp_path: Path) -> None:
+    plan, out = plan_of(tmp_path), tmp_path / "out"
+    open_campaign(out, plan)
+    (cell, *_) = cells_of(plan)
+    for _ in range(2):
+        a_run(out, [cell], [(cell, repeat) for repeat in range(3)])
+    (found,) = read_campaign(out, plan)
+    assert found.run.number == 1
+
+
+def test_a_run_that_ended_before_it_measured_is_passed_over(tmp_path: Path) -> None:
+    plan, out = plan_of(tmp_path), tmp_path / "out"
+    open_campaign(out, plan)
+    RunFiles(out)
+    assert read_campaign(out, plan) == []
+    assert RunFiles(out).folder.name == "run-2"
+
+
+def test_another_plans_directory_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    open_campaign(out, plan_of(tmp_path))
+    with pytest.raises(UserError, match=r"holds another plan's results \(plan.json differs\)"):
+        open_campaign(out, plan_of(tmp_path, ("[25%, 50%]", "[25%]")))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("something")
+    with pytest.raises(UserError, match="exists and is not empty"):
+        open_campaign(tmp_path / "full", plan_of(tmp_path))
+    assert (tmp_path / "full" / "file").read_text() == "something"
+
+
+def test_only_whole_groups_that_fit_into_the_time_are_measured(tmp_path: Path) -> None:
+    targets = [target(cell) for cell in cells_of(plan_of(tmp_path))]
+    assert choose(targets, 3, 1.0, None) == targets
+    # A group is 2 policies of 2 s each, 3 times.
+    found = choose(targets, 3, 1.0, 25.0)
+    assert len(found) == 4
+    assert len({(each.cell.point.expert_budget, each.cell.link_scale) for each in found}) == 2
+    assert choose(targets, 3, 1.0, 25.0) == found
+    with pytest.raises(UserError, match="give more --minutes"):
+        choose(targets, 3, 1.0, 11.0)
+
+
+def test_predictions_and_measurements_of_a_campaign_become_a_report(
+    shared: Path, tmp_path: Path
+) -> None:
+    """The way of a campaign on a plain CPU, with times of no machine: all but the calibration."""
+    model = str(shared / "models" / "olmoe-twin")
+    layers, columns = 16, ("weights", "lookahead_1")
+    trace = make_trace(
+        tmp_path / "trace", layers=layers, experts=64, top_k=8, prompt=3, output=3, columns=columns
+    )
+    plan = plan_of(
+        tmp_path,
+        ("geometry: olmoe-1b-7b", f"model: {model}"),
+        ("{name: next-gate, set: {depth: 2}}", "next-gate"),
+        ("[25%, 50%]", "[50%]"),
+        ("[1, 2.2]", "[1]"),
+        ("requests: [1, 2]", "requests: [2]"),
+        ("requests: [0]", "requests: [0]\nrepeats: 1"),
+    )
+    inputs = PlanInputs(plan, trace)
+    passes = [
+        a_pass(tokens).model_copy(update={"segment_ns": (150_000,) * layers}) for tokens in (1, 8)
+    ]
+    times, out, said = model_times(*passes), tmp_path / "out", []
+    open_campaign(out, plan)
+    ready = from_checkpoint(Path(model), "cpu")
+    try:
+        session = Session(ready, inputs.max_context)
+        targets = predict(session, inputs.judged, times, open_cells(out, plan))
+        files = RunFiles(out)
+        facts = {**FACTS, "expert_bytes": ready.layout.nbytes}
+        files.predicted(times, targets, digest(targets), facts)
+        files.canaries(BEFORE, None)
+        measure(session, inputs.judged, targets, plan.repeats, files.measured, said.append)
+        files.canaries(BEFORE, AFTER)
+    finally:
+        ready.close()
+    judged_cells = read_campaign(out, plan)
+    report = write_report(out, plan, judged_cells)
+    assert [row["decisions_equal"] for row in report["points"]] == [True, None]
+    assert len(said) == 2
+    row = report["points"][0]
+    assert row["figures"]["bytes"]["error"] == 0
+    assert row["figures"]["memory_bytes"] is None
+    found = row["figures"]["tpot_ms"]
+    parts = [part["measured"] for part in row["components_ms"].values() if part]
+    assert sum(parts) == pytest.approx(found["measured"], rel=0.02)
+    parts = [part["predicted"] for part in row["components_ms"].values() if part]
+    assert sum(parts) == pytest.approx(found["predicted"], rel=1e-3)
+    assert (out / "run-1" / "timings.yaml").read_text() == render(times)
+    assert json.loads((out / "run-1" / "run.json").read_text())["canaries"]["after"] == asdict(
+        AFTER
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("olmoe-dev --out {out} --minutes 0", "--minutes 0: give a number above 0"),
+        ("nobodys --out {out}", "nobodys"),
+        ("olmoe-dev --out {full}", "exists and is not empty"),
+    ],
+)
+def test_bad_options_are_one_line(tmp_path: Path, options: str, said: str) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "file").write_text("something")
+    command = options.format(out=tmp_path / "out", full=full)
+    told = CliRunner().invoke(cli.app, ["validate", *command.split()])
+    assert isinstance(told.exception, UserError)
+    assert said in str(told.exception)
 
 
 def test_a_plan_is_every_policy_at_every_budget_and_link(tmp_path: Path) -> None:
-    path = tmp_path / "plan.yaml"
-    path.write_text(PLAN)
-    cells = list(cells_of(load_plan(path)))
+    cells = list(cells_of(plan_of(tmp_path)))
     assert len(cells) == 2 * 2 * 2
     assert cells[-1].label == "next-gate depth=2 50% x2.2"
 
@@ -178,6 +401,7 @@ def test_a_plan_is_every_policy_at_every_budget_and_link(tmp_path: Path) -> None
     [
         (("requests: [1, 2]", "requests: [0, 2]"), "request 0 is judged and calibrated on"),
         (("budgets: [25%, 50%]", "budgets: [37.5%]"), "calibration_budget 37.5% is a judged"),
+        (("requests: [0]", "requests: [0]\nfit_requests: [2]"), "2 is judged and fitted on"),
         (("[1, 2.2]", "[0.5]"), "slower, not faster"),
         (("geometry: olmoe-1b-7b", ""), "give geometry or model"),
     ],
@@ -185,12 +409,38 @@ def test_a_plan_is_every_policy_at_every_budget_and_link(tmp_path: Path) -> None
 def test_a_plan_that_judges_what_it_was_calibrated_on_is_refused(
     tmp_path: Path, change: tuple[str, str], said: str
 ) -> None:
-    path = tmp_path / "plan.yaml"
-    path.write_text(PLAN.replace(*change))
     with pytest.raises(UserError, match=said):
-        load_plan(path)
+        plan_of(tmp_path, change)
 
 
-def test_the_shipped_plan_is_sound() -> None:
-    plan = load_plan("olmoe-dev")
-    assert len(list(cells_of(plan))) == 20
+@pytest.mark.parametrize(
+    ("name", "points"),
+    [
+        ("olmoe-dev", 20),
+        ("gpt-oss-dev", 4),
+        ("locked-olmoe", 32),
+        ("locked-qwen", 32),
+        ("locked-gpt-oss", 24),
+    ],
+)
+def test_the_shipped_plans_are_sound(name: str, points: int) -> None:
+    assert len(list(cells_of(load_plan(name)))) == points
+
+
+def test_what_is_locked_was_not_developed_on() -> None:
+    developed, locked = (
+        [load_plan(name) for name in names]
+        for names in (
+            ("olmoe-dev", "gpt-oss-dev"),
+            ("locked-olmoe", "locked-qwen", "locked-gpt-oss"),
+        )
+    )
+    known = {choice.name for plan in developed for choice in plan.policies}
+    judged_names = {choice.name for plan in locked for choice in plan.policies}
+    assert len(judged_names) >= 8
+    assert len(judged_names - known) >= 2
+    assert {plan.geometry for plan in locked} - {plan.geometry for plan in developed}
+    assert sum(len(list(cells_of(plan))) for plan in locked) >= 60
+    for plan in locked:
+        others = [other for other in developed if other.trace == plan.trace]
+        assert not any(set(other.requests) & set(plan.requests) for other in others)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from configs.timings import ModelTimes
-from replay.validation.run import Judged
+from replay.validation.judged import Judged
 
 LEAST_DIFFERENCE = 0.03
 """Pairs of policies whose measured times are nearer than this, or twice the noise, are ties."""
+HIDDEN_FROM = 0.15
+"""Share of the link's time beside which the device works on: from here prefetching overlaps."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class Gap:
         return self.predicted / self.measured - 1 if self.measured else float("nan")
 
 
-def gap(judged: Judged, *path: str) -> Gap | None:
+Figure = Callable[[dict[str, Any]], float | None]
+
+
+def gap(judged: Judged, figure: Figure) -> Gap | None:
     """A figure's gap; None where the trace has none of it. Spread: (max - min) / median."""
-    predicted = _value(judged.predicted, path)
-    measured = [_value(result, path) for result in judged.measured]
-    values = [value for value in measured if value is not None]
+    predicted = figure(judged.predicted)
+    values = [value for value in map(figure, judged.measured) if value is not None]
     if predicted is None or not values:
         return None
     middle = float(np.median(values))
@@ -42,43 +45,49 @@ def gap(judged: Judged, *path: str) -> Gap | None:
     return Gap(predicted, middle, spread)
 
 
-def _value(result: dict[str, Any], path: Sequence[str]) -> float | None:
-    value: Any = result
-    for key in path:
-        value = value[key]
-    return None if value is None else float(value)
+def at(*path: str) -> Figure:
+    """A figure of a result by its path; None where the result has none of it."""
+
+    def found(result: dict[str, Any]) -> float | None:
+        value: Any = result
+        for key in path:
+            value = value.get(key)
+            if value is None:
+                return None
+        return float(value)
+
+    return found
 
 
-def stall_gap(judged: Judged) -> Gap:
+def stall_ms(result: dict[str, Any]) -> float:
     """Exposed stall, ms a decode step: late and missed together."""
-
-    def of(result: dict[str, Any]) -> float:
-        parts = result["breakdown_ms"]
-        return float(parts["stall_late"] + parts["stall_miss"])
-
-    values = [of(result) for result in judged.measured]
-    middle = float(np.median(values))
-    return Gap(
-        of(judged.predicted), middle, (max(values) - min(values)) / middle if middle else 0.0
-    )
+    parts = result["breakdown_ms"]
+    return float(parts["stall_late"] + parts["stall_miss"])
 
 
-def naive_ms(judged: Judged, times: ModelTimes, resident_ms: float, expert_bytes: int) -> float:
+def hidden_share(result: dict[str, Any]) -> float:
+    """Of the link's time in decode steps: the share in which nobody waits for it."""
+    link = result["link_ms"]
+    return max(1 - stall_ms(result) / link, 0.0) if link else 0.0
+
+
+def naive_ms(judged: Judged) -> float:
     """The estimate to beat: resident + bytes / bandwidth + c x misses, from the same calibration.
 
     Misses and bytes of decode steps are the simulator's; c is what the host does for each.
     """
+    run = judged.run
     decode = judged.predicted["decode"]
     tokens = judged.predicted["tokens"]["decode"]
     copies = (decode["misses"] + decode["late"]) / tokens
-    host = times.passes[0].host
+    host = run.times.passes[0].host
     each = host.awaited_ns + host.copy_issue_ns + host.landing_ns + host.experts_launch_ns
-    rate = times.link.bytes_per_s / judged.cell.link_scale
-    return resident_ms + copies * (expert_bytes / rate * 1e3 + each / 1e6)
+    rate = run.times.link.bytes_per_s / judged.cell.link_scale
+    return run.before.resident_ms + copies * (run.expert_bytes / rate * 1e3 + each / 1e6)
 
 
 def paired_errors(judged: Judged) -> dict[str, float]:
-    """Absolute relative error of single steps: the median and the 90th percentile."""
+    """Absolute relative error of single decode steps: the median and the 90th percentile."""
     measured = np.median([result["step_ms"] for result in judged.measured], axis=0)
     errors = np.abs(np.array(judged.predicted["step_ms"]) / measured - 1)
     return {"p50": float(np.median(errors)), "p90": float(np.percentile(errors, 90))}
@@ -99,16 +108,18 @@ class Ranking:
 
 
 def rankings(all_judged: Sequence[Judged]) -> list[Ranking]:
-    """One for each budget and link with two policies or more."""
-    groups: dict[tuple[str, float], list[Judged]] = {}
+    """One for each budget and link with two policies or more that one run measured."""
+    groups: dict[tuple[str, float, int], list[Judged]] = {}
     for each in all_judged:
-        key = (str(each.cell.point.expert_budget), each.cell.link_scale)
+        key = (str(each.cell.point.expert_budget), each.cell.link_scale, each.run.number)
         groups.setdefault(key, []).append(each)
-    return [_rank(budget, scale, group) for (budget, scale), group in groups.items() if group[1:]]
+    return [
+        _rank(budget, scale, group) for (budget, scale, _), group in groups.items() if group[1:]
+    ]
 
 
 def _rank(budget: str, scale: float, group: list[Judged]) -> Ranking:
-    gaps = [(each.cell.point.label, gap(each, "itl_ms", "mean")) for each in group]
+    gaps = [(each.cell.point.label, gap(each, at("itl_ms", "mean"))) for each in group]
     known = [(label, found) for label, found in gaps if found is not None]
     pairs = agreed = 0
     for (_, one), (_, other) in combinations(known, 2):

@@ -18,16 +18,16 @@ _KINDS = (
 )
 
 
-def draw_scatter(report: dict[str, Any], out: Path) -> list[Path]:
+def draw_scatter(reports: Sequence[dict[str, Any]], out: Path) -> list[Path]:
     """TPOT and exposed stall, measured on x, predicted on y; the naive estimate in grey."""
-    rows = report["points"]
+    rows = [row for report in reports for row in report["points"]]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.5, 4.4), layout="constrained")
         left, right = figure.subplots(1, 2)
         _draw(left, rows, "tpot_ms", "time a token, ms")
         left.scatter(
             [row["figures"]["tpot_ms"]["measured"] for row in rows],
-            [row["naive"]["tpot_ms"] for row in rows],
+            [row["naive"]["tpot_ms"]["predicted"] for row in rows],
             s=14,
             marker="x",
             color=GREY,
@@ -36,8 +36,10 @@ def draw_scatter(report: dict[str, Any], out: Path) -> list[Path]:
         )
         _draw(right, rows, "stall_ms", "exposed stall a token, ms")
         left.legend(loc="upper left", fontsize=8)
+        names = "; ".join(report["plan"]["name"] for report in reports)
+        machine = reports[0]["runs"][0]["machine"].split(",")[0]
         figure.suptitle(
-            f"{report['plan']['name']}: {len(rows)} points, {report['machine'].split(',')[0]}",
+            f"{names}: {len(rows)} points, {machine}",
             x=0.01,
             ha="left",
             fontsize=10,

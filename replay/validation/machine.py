@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from time import perf_counter_ns
+from time import perf_counter, perf_counter_ns
 
 import numpy as np
 
@@ -71,10 +71,16 @@ def predictor_times(session: Session) -> dict[str, int]:
 
 def policy_times(
     session: Session, inputs: Inputs, points: Sequence[Point]
-) -> Iterator[tuple[str, PolicyTimes]]:
-    """Host time of each policy's decisions, from a run on requests that are not judged."""
+) -> Iterator[tuple[str, PolicyTimes, float]]:
+    """Host time of each policy's decisions, from a run on requests that are not judged.
+
+    With it, what that run took beside its steps, s.
+    """
     for point in points:
-        yield point.label, host_times(replay_point(session, inputs, point))
+        began = perf_counter()
+        run = replay_point(session, inputs, point)
+        times = host_times(run)
+        yield point.label, times, perf_counter() - began - run.result["duration_ms"] / 1e3
 
 
 def host_times(run: Replayed) -> PolicyTimes:

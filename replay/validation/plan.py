@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Self
 
@@ -18,8 +19,9 @@ class ValidationPlan(BaseModel):
     """``geometry`` (random weights of its shapes) or ``model`` (a checkpoint), driven by ``trace``.
 
     ``requests``: those that are judged. ``calibration_requests``: others, on which each policy's
-    host time is measured at ``calibration_budget``, which is none of ``budgets``. ``link_scales``:
-    1, and emulated slower links. ``prefill_tokens``: sizes of prefill to calibrate.
+    host time is measured at ``calibration_budget``, which is none of ``budgets``. ``fit_requests``:
+    again others, from which fitted policies learn. ``link_scales``: 1, and emulated slower links.
+    ``prefill_tokens``: sizes of prefill to calibrate.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,15 +39,21 @@ class ValidationPlan(BaseModel):
     budgets: tuple[str, ...] = Field(min_length=1)
     link_scales: tuple[float, ...] = (1.0,)
     repeats: int = Field(default=3, ge=1, le=20)
-    fit_share: float | None = None
+    fit_requests: tuple[int, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.geometry is None) == (self.model is None):
             raise ValueError("give geometry or model, one of them")
-        both = set(self.requests) & set(self.calibration_requests)
-        if both:
-            raise ValueError(f"request {min(both)} is judged and calibrated on: choose one")
+        uses = {
+            "judged": self.requests,
+            "calibrated on": self.calibration_requests,
+            "fitted on": self.fit_requests,
+        }
+        for (one, mine), (other, theirs) in combinations(uses.items(), 2):
+            both = set(mine) & set(theirs)
+            if both:
+                raise ValueError(f"request {min(both)} is {one} and {other}: choose one")
         if self.calibration_budget in self.budgets:
             raise ValueError(f"calibration_budget {self.calibration_budget} is a judged budget")
         if any(scale < 1 for scale in self.link_scales):
@@ -89,5 +97,4 @@ def point_of(plan: ValidationPlan, choice: PolicyChoice, budget: str) -> Point:
         hardware=plan.hardware,
         geometry=plan.geometry,
         expert_budget=budget,
-        fit_share=plan.fit_share,
     )

@@ -7,16 +7,18 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import policies
 from configs.timings import ModelTimes
+from replay.breakdown import particulars
 from replay.calibrate.model import measure_link
 from replay.play import Session
-from replay.point import decisions, predict_point, replay_point, step_ms, timeline_of
+from replay.point import Log, decisions, predict_point, replay_point, timeline_of
+from replay.validation.judged import Canary, Figures
 from replay.validation.machine import scaled
 from replay.validation.plan import Cell
 from sim.calibrated import CalibratedTiming
@@ -25,100 +27,98 @@ from sim.point import Point, resolve_point
 from sim.spans import Timeline
 
 Say = Callable[[str], None]
+Keep = Callable[["Target", int, Figures, str | None], None]
 
 
 @dataclass
-class Judged:
-    """A cell: what was predicted, and each measurement of it.
+class Target:
+    """A predicted cell that is to be measured. ``experts``: a layer's.
 
-    ``difference``: the first decision in which the device's run was another, None if there is none
-    or the policy's decisions depend on time. ``simulated``, ``timed``: both runs' timelines.
+    ``simulated``, ``timed``: both runs' timelines, the last measurement's.
     """
 
     cell: Cell
-    predicted: dict[str, Any]
-    log: list[tuple[object, ...]]
+    predicted: Figures
+    log: Log
     time_independent: bool
-    measured: list[dict[str, Any]] = field(default_factory=list)
-    difference: str | None = None
-    experts: int = 0
-    simulated: Timeline | None = None
+    experts: int
+    simulated: Timeline
     timed: Timeline | None = None
 
-
-@dataclass(frozen=True)
-class Canary:
-    """Is the machine still what it was calibrated as? ``resident_ms``: a decode step, all there."""
-
-    resident_ms: float
-    link_bytes_per_s: int
+    @property
+    def measured_ms(self) -> float:
+        """How long all steps take, as predicted."""
+        return float(self.predicted["duration_ms"])
 
 
 def predict(
     session: Session, inputs: Inputs, times: ModelTimes, cells: Sequence[Cell]
-) -> list[Judged]:
+) -> list[Target]:
     """Simulate all cells with the measured times; nothing has been measured of them yet."""
-    judged = []
-    for cell in cells:
-        info = policies.get(cell.point.policy)
-        nbytes = session.ready.layout.nbytes
-        setting = resolve_point(inputs, cell.point, expert_bytes=nbytes)
-        timing = CalibratedTiming(
-            setting.geometry,
-            setting.hardware,
-            times.model_copy(update={"link": scaled(times.link, cell.link_scale)}),
-            policy=cell.point.label,
-        )
-        found = predict_point(inputs, cell.point, timing, expert_bytes=nbytes)
-        free = not (info.time_dependent or info.prefetches)
-        judged.append(
-            Judged(
-                cell,
-                found.result,
-                decisions(found.core),
-                free,
-                experts=setting.shape.experts,
-                simulated=found.timeline,
-            )
-        )
-    return judged
+    return [_predict(session, inputs, times, cell) for cell in cells]
 
 
-def digest(judged: Sequence[Judged]) -> str:
+def _predict(session: Session, inputs: Inputs, times: ModelTimes, cell: Cell) -> Target:
+    info = policies.get(cell.point.policy)
+    nbytes = session.ready.layout.nbytes
+    setting = resolve_point(inputs, cell.point, expert_bytes=nbytes)
+    timing = CalibratedTiming(
+        setting.geometry,
+        setting.hardware,
+        times.model_copy(update={"link": scaled(times.link, cell.link_scale)}),
+        policy=cell.point.label,
+    )
+    found = predict_point(inputs, cell.point, timing, expert_bytes=nbytes)
+    return Target(
+        cell,
+        found.result,
+        decisions(found.core),
+        not (info.time_dependent or info.prefetches),
+        setting.shape.experts,
+        found.timeline,
+    )
+
+
+def digest(targets: Sequence[Target]) -> str:
     """SHA-256 of all predictions."""
-    told = [[each.cell.label, each.predicted] for each in judged]
+    told = [[each.cell.label, each.predicted] for each in targets]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def measure(
-    session: Session, inputs: Inputs, judged: Sequence[Judged], repeats: int, say: Say
+    session: Session,
+    inputs: Inputs,
+    targets: Sequence[Target],
+    repeats: int,
+    keep: Keep,
+    say: Say,
 ) -> None:
-    """Run every cell ``repeats`` times, in another order each time."""
-    order = list(range(len(judged)))
+    """Run every cell ``repeats`` times, in another order each time; ``keep`` each as it comes."""
+    order = list(range(len(targets)))
     for repeat in range(repeats):
         random.Random(repeat).shuffle(order)
         for done, index in enumerate(order):
-            each = judged[index]
+            each = targets[index]
             run = replay_point(session, inputs, each.cell.point, link_scale=each.cell.link_scale)
-            if each.time_independent and each.difference is None:
-                each.difference = first_difference(each.log, run.log)
-            result = {**run.result, "step_ms": step_ms(run.measured.times)}
-            each.measured.append(result)
+            difference = first_difference(each.log, run.log) if each.time_independent else None
             each.timed = timeline_of(run, "measured")
+            result = {**run.result, **particulars(each.timed, run.setting.workload)}
+            keep(each, repeat, result, difference)
             tpot = _tpot(result), _tpot(each.predicted)
             say(
                 f"round {repeat + 1}, {done + 1} of {len(order)}: {each.cell.label}: measured "
                 f"{tpot[0]:.3f} ms a token, predicted {tpot[1]:.3f} ({tpot[1] / tpot[0] - 1:+.1%})"
             )
             del run
-            _free()
+            free()
 
 
 def _tpot(result: dict[str, Any]) -> float:
     return float(result["itl_ms"]["mean"])
 
 
-def _free() -> None:
+def free() -> None:
+    """Give back what the run before held on the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -143,5 +143,5 @@ def canary(session: Session, inputs: Inputs, hardware: str, geometry: str | None
     link = measure_link(session).bytes_per_s
     result = Canary(float(run.result["itl_ms"]["mean"]), link)
     del run
-    _free()
+    free()
     return result

@@ -1,0 +1,181 @@
+"""A campaign on the machine at hand: calibrate, predict, measure what is still open."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from configs.errors import UserError
+from configs.hardware import load_hardware
+from configs.timings import ModelTimes
+from replay.calibrate.cuda import CudaRig
+from replay.model import ReplayModel
+from replay.open import DTYPE, command_line, weights_of
+from replay.play import Session
+from replay.point import replay_point
+from replay.validation.files import RunFiles, open_cells
+from replay.validation.machine import model_times, policy_times
+from replay.validation.plan import Cell, ValidationPlan, point_of
+from replay.validation.run import Target, canary, digest, measure, predict
+from sim.inputs import Inputs
+from sim.point import Point
+from sim.spans import chrome_trace
+from tracer.trace import Trace
+
+_CLOSING_S = 20.0  # canary, report and picture
+_SETUP_S = 1.0  # of a point's run beside its steps, until it was measured
+_SHOWN_FROM, _SHOWN = 20, 3  # steps of the timeline
+
+
+class Clock:
+    """Progress told to ``print_line``, with the seconds since it was made.
+
+    ``budget_s``: by when a run has to end; None: any time.
+    """
+
+    def __init__(self, print_line: Callable[[str], None], budget_s: float | None) -> None:
+        self._began = time.monotonic()
+        self._print = print_line
+        self._budget_s = budget_s
+
+    def __call__(self, text: str) -> None:
+        self._print(f"{self.passed_s:5.0f} s  {text}")
+
+    @property
+    def passed_s(self) -> float:
+        """Since the begin."""
+        return time.monotonic() - self._began
+
+    @property
+    def left_s(self) -> float | None:
+        """For measuring."""
+        if self._budget_s is None:
+            return None
+        return self._budget_s - self.passed_s - _CLOSING_S
+
+
+class PlanInputs:
+    """The plan's trace, and its requests by what they are for."""
+
+    def __init__(self, plan: ValidationPlan, trace: Trace) -> None:
+        learned = tuple(dict.fromkeys(name for choice in plan.policies for name in choice.learned))
+
+        def of(requests: tuple[int, ...]) -> Inputs:
+            return Inputs(trace, requests=requests, fit_requests=plan.fit_requests, learned=learned)
+
+        self.judged = of(plan.requests)
+        self.calibration = of(plan.calibration_requests)
+        self.geometry = plan.geometry or trace.manifest.geometry.name
+
+    @property
+    def max_context(self) -> int:
+        """The longest request of both."""
+        return max(
+            inputs.workload("last-use").max_context for inputs in (self.judged, self.calibration)
+        )
+
+
+def run_campaign(
+    out: Path, plan: ValidationPlan, inputs: PlanInputs, ready: ReplayModel, say: Clock
+) -> Target | None:
+    """One run: as many of the open cells as the clock allows. Returns one for the timeline."""
+    cells = open_cells(out, plan)
+    say(f"{len(cells)} points to measure; the model is loaded")
+    longest = max([inputs.max_context, *(tokens + 1 for tokens in plan.prefill_tokens)])
+    session = Session(ready, longest)
+    machine = str(CudaRig().facts())
+    times, setup_s = _calibrate(plan, inputs, session, machine, say)
+    targets = predict(session, inputs.judged, times, cells)
+    chosen = choose(targets, plan.repeats, setup_s, say.left_s)
+    sha256 = digest(chosen)
+    facts = {
+        "machine": machine,
+        "weights": weights_of(ready),
+        "command": command_line(),
+        "expert_bytes": ready.layout.nbytes,
+    }
+    files = RunFiles(out)
+    files.predicted(times, chosen, sha256, facts)
+    say(f"{len(chosen)} points are predicted: SHA-256 {sha256}")
+    before = canary(session, inputs.calibration, plan.hardware, plan.geometry)
+    files.canaries(before, None)
+    measure(session, inputs.judged, chosen, plan.repeats, files.measured, say)
+    after = canary(session, inputs.calibration, plan.hardware, plan.geometry)
+    files.canaries(before, after)
+    return shown(chosen)
+
+
+def _calibrate(
+    plan: ValidationPlan, inputs: PlanInputs, session: Session, machine: str, say: Clock
+) -> tuple[ModelTimes, float]:
+    """The model's and the policies' times, and what a point's run takes beside its steps, s."""
+    resident = Point(policy="resident", hardware=plan.hardware, geometry=plan.geometry)
+    replay_point(session, inputs.calibration, resident)  # compiles, allocates, warms up
+    times = model_times(
+        session,
+        load_hardware(plan.hardware),
+        inputs.geometry,
+        DTYPE,
+        plan.prefill_tokens,
+        machine,
+        command_line(),
+    )
+    say("the model's times are measured")
+    points = [point_of(plan, choice, plan.calibration_budget) for choice in plan.policies]
+    own, setup = {}, _SETUP_S
+    for label, policy, setup_s in policy_times(session, inputs.calibration, points):
+        own[label] = policy
+        setup = max(setup, setup_s)
+    say("the policies' host times are measured")
+    return times.model_copy(update={"policies": own}), setup
+
+
+def choose(
+    targets: Sequence[Target], repeats: int, setup_s: float, left_s: float | None
+) -> list[Target]:
+    """Whole groups of a budget and a link, in an order drawn once, that can be measured in time.
+
+    Raises UserError where not one fits.
+    """
+    if left_s is None:
+        return list(targets)
+    groups: dict[tuple[str, float], list[Target]] = {}
+    for target in targets:
+        groups.setdefault(_group(target.cell), []).append(target)
+    order = sorted(groups)
+    random.Random(0).shuffle(order)
+    chosen: list[Target] = []
+    for key in order:
+        needed = repeats * sum(setup_s + each.measured_ms / 1e3 for each in groups[key])
+        if needed > left_s:
+            continue
+        left_s -= needed
+        chosen += groups[key]
+    if not chosen:
+        raise UserError(
+            f"{left_s:.0f} s are left for measuring, too few for any budget and link with all its "
+            "policies: give more --minutes, or fewer policies or requests"
+        )
+    return chosen
+
+
+def _group(cell: Cell) -> tuple[str, float]:
+    return str(cell.point.expert_budget), cell.link_scale
+
+
+def shown(targets: Sequence[Target]) -> Target | None:
+    """The point whose timelines are kept: the first whose decisions depend on time, if any do."""
+    timed = [each for each in targets if each.timed is not None]
+    return min(timed, key=lambda each: each.time_independent, default=None)
+
+
+def timelines(target: Target) -> dict[str, object]:
+    """A few decode steps, simulated and measured, for chrome://tracing or Perfetto."""
+    assert target.timed is not None
+    steps = len(target.simulated.step_begins)
+    first = min(_SHOWN_FROM, steps - 1)
+    last = min(first + _SHOWN - 1, steps - 1)
+    trace = chrome_trace([target.simulated, target.timed], target.experts, first, last)
+    return {**trace, "otherData": {"point": target.cell.label, "steps": f"{first} to {last}"}}
