@@ -146,6 +146,8 @@ def _files(path: Path) -> dict[str, Path]:
         missing = sorted({name for name in weight_map.values() if not (path / name).is_file()})
         if missing:
             raise UserError(f"{path}: shard {missing[0]} is missing; get it from the source")
+        for name in sorted(set(weight_map.values())):
+            next(_keys(path / name), None)  # tells of a damaged one
         return {key: path / name for key, name in weight_map.items()}
     single = path / SINGLE_FILE
     if not single.is_file():

@@ -19,7 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from policies.core import DecisionCore
 from replay.driver import Driver
-from replay.slots import CopyEngine, SlotPool
+from replay.slots import POISON, CopyEngine, SlotPool, SlotRaceError
 from replay.store import ExpertStore
 from sim.spans import SEGMENT
 
@@ -39,6 +39,8 @@ class EagerEngine:
 
     Use as a context manager around forward passes; :meth:`begin_step` and :meth:`end_step` go
     around each. ``forced``: expert ids by layer to execute instead of the model's own, [rows, k].
+    ``check``: slots hold NaNs until their expert is there, and computing from one too early raises
+    SlotRaceError; for tests, it slows the copies down.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class EagerEngine:
         window: int = 2,
         link_scale: float = 1.0,
         touch_order: str = "last-use",
+        check: bool = False,
     ) -> None:
         self._model = model
         self._modules = list(modules)
@@ -58,7 +61,10 @@ class EagerEngine:
         device = next(model.parameters()).device
         slots = sum(core.plan.capacity) + core.plan.staging_slots
         self.pool = SlotPool(store.layout, slots, device)
-        self.copies = CopyEngine(core, store, self.pool, window, link_scale)
+        self._check = check
+        if check:
+            self.pool.memory.fill_(POISON)
+        self.copies = CopyEngine(core, store, self.pool, window, link_scale, poison=check)
         self.driver = Driver(core, self.copies, touch_order)
         self.forced: Sequence[np.ndarray] | None = None
         #: told the gate inputs of the pass in progress
@@ -126,8 +132,16 @@ class EagerEngine:
         if self.predictors is not None:
             self.predictors.hidden = hidden
         self.driver.event(layer, chosen, self._launcher(layer, hidden, flat, out, top_k))
+        if self._check:
+            self.require_finite(out, f"layer {layer}")
         weighted = out * weights.reshape(-1, 1)
         return weighted.view(rows, top_k, -1).sum(1).to(hidden.dtype)
+
+    @staticmethod
+    def require_finite(values: torch.Tensor, where: str) -> None:
+        """Raise SlotRaceError for numbers that only a slot in the making can give."""
+        if not bool(torch.isfinite(values).all()):
+            raise SlotRaceError(f"{where}: an expert was computed before its copy was there")
 
     def _host_ids(self, ids: torch.Tensor) -> npt.NDArray[Any]:
         """Where ``ids`` will be on the host, once the device has run everything."""

@@ -6,6 +6,8 @@ whose slot is -1 are not of this group and cost nothing but the launch.
 
 For many tokens, :func:`_up_tiles` and :func:`_down_tiles` multiply tiles: up to ``BM`` assignments
 of one expert. Each expert's sums do not depend on what else is launched with it.
+
+``python -m tests.bench_kernels`` times the decode kernels over blocks of many sizes.
 """
 
 from __future__ import annotations
@@ -24,6 +26,84 @@ TILE_COLUMNS, TILE_DEPTH = 64, 64
 TILE_FIELDS = tl.constexpr(4)
 """Of a tile's description: three numbers, padded so that any run of tiles is aligned to 16 bytes
 (Triton compiles a kernel again for pointers that are not)."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a decode program reads at a time: ``rows`` outputs times ``columns`` inputs.
+
+    ``defer``: products are summed over the columns once at the end, not block by block. ``paired``:
+    where gate and up rows alternate, both are read as one run (of no effect elsewhere).
+    """
+
+    rows: int
+    columns: int
+    warps: int = 4
+    defer: bool = False
+    paired: bool = False
+
+
+DECODE_BLOCKS = {
+    False: (Block(8, 512), Block(8, 512)),
+    True: (Block(64, 32), Block(64, 32)),
+}
+"""Of :func:`_up` and :func:`_down`, by whether weights are transposed: [in, out]."""
+
+
+@triton.jit
+def _activated(gate, up, biases, up_offset, known, act, HAS_BIAS: tl.constexpr, KIND: tl.constexpr):
+    """Activation of two projections; ``biases`` (of the gate) and ``known`` broadcast with them."""
+    if HAS_BIAS:
+        gate += tl.load(biases, mask=known, other=0.0).to(tl.float32)
+        up += tl.load(biases + up_offset, mask=known, other=0.0).to(tl.float32)
+    # The library's kernels round the projection to the weights' type before the activation.
+    gate = gate.to(act.dtype.element_ty).to(tl.float32)
+    up = up.to(act.dtype.element_ty).to(tl.float32)
+    if KIND == 0:
+        value = (gate * tl.sigmoid(gate)).to(act.dtype.element_ty).to(tl.float32) * up
+    else:
+        gate = tl.minimum(gate, 7.0)
+        up = tl.minimum(tl.maximum(up, -7.0), 7.0)
+        value = (up + 1.0) * (gate * tl.sigmoid(gate * 1.702))
+    return value.to(act.dtype.element_ty)
+
+
+@triton.jit
+def _part(vector, column, depth):
+    """Elements ``column`` of a vector of ``depth``."""
+    return tl.load(vector + column, mask=column < depth, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _products(x, base, row, there, column, depth, row_stride, column_stride):
+    """A block of a matrix times its part of the vector, element by element."""
+    at = base + row[:, None] * row_stride + column[None, :] * column_stride
+    inside = column < depth
+    weights = tl.load(at, mask=there[:, None] & inside[None, :], other=0.0)
+    return weights.to(tl.float32) * x[None, :]
+
+
+@triton.jit
+def _times(
+    vector,
+    base,
+    row,
+    there,
+    depth,
+    row_stride,
+    column_stride,
+    COUNT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEFER: tl.constexpr,
+):
+    """So many (``COUNT``) rows of a matrix times a vector of ``depth``."""
+    total = tl.zeros((COUNT, COLUMNS) if DEFER else (COUNT,), tl.float32)
+    for start in range(0, depth, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        x = _part(vector, column, depth)
+        block = _products(x, base, row, there, column, depth, row_stride, column_stride)
+        total += block if DEFER else tl.sum(block, 1)
+    return tl.sum(total, 1) if DEFER else total
 
 
 @triton.jit
@@ -46,6 +126,8 @@ def _up(
     KIND: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    DEFER: tl.constexpr,
+    PAIRED: tl.constexpr,
 ):
     one = tl.program_id(0)
     slot = tl.load(slots + one).to(tl.int64)
@@ -56,31 +138,30 @@ def _up(
     gate_row = row * gate_step
     base = weight + slot * slot_stride
     token = hidden + (one // TOP_K) * width
-    gate = tl.zeros((ROWS,), tl.float32)
-    up = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, width, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        inside = column < width
-        x = tl.load(token + column, mask=inside, other=0.0).to(tl.float32)
-        both = there[:, None] & inside[None, :]
-        at = base + gate_row[:, None] * row_stride + column[None, :] * column_stride
-        gate += tl.sum(tl.load(at, mask=both, other=0.0).to(tl.float32) * x[None, :], 1)
-        at += up_offset * row_stride
-        up += tl.sum(tl.load(at, mask=both, other=0.0).to(tl.float32) * x[None, :], 1)
-    if HAS_BIAS:
-        biases = bias + slot * bias_stride + gate_row
-        gate += tl.load(biases, mask=there, other=0.0).to(tl.float32)
-        up += tl.load(biases + up_offset, mask=there, other=0.0).to(tl.float32)
-    # The library's kernels round the projection to the weights' type before the activation.
-    gate = gate.to(act.dtype.element_ty).to(tl.float32)
-    up = up.to(act.dtype.element_ty).to(tl.float32)
-    if KIND == 0:
-        value = (gate * tl.sigmoid(gate)).to(act.dtype.element_ty).to(tl.float32) * up
+    if PAIRED:
+        pair = tl.program_id(1) * (2 * ROWS) + tl.arange(0, 2 * ROWS)
+        total = _times(
+            token, base, pair, pair < 2 * inner, width, row_stride, column_stride,
+            2 * ROWS, COLUMNS, DEFER,
+        )  # fmt: skip
+        gate, up = tl.split(tl.reshape(total, (ROWS, 2)))
     else:
-        gate = tl.minimum(gate, 7.0)
-        up = tl.minimum(tl.maximum(up, -7.0), 7.0)
-        value = (up + 1.0) * (gate * tl.sigmoid(gate * 1.702))
-    tl.store(act + one * inner + row, value.to(act.dtype.element_ty), mask=there)
+        gate = tl.zeros((ROWS, COLUMNS) if DEFER else (ROWS,), tl.float32)
+        up = tl.zeros((ROWS, COLUMNS) if DEFER else (ROWS,), tl.float32)
+        up_base = base + up_offset * row_stride
+        for start in range(0, width, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            x = _part(token, column, width)
+            block = _products(x, base, gate_row, there, column, width, row_stride, column_stride)
+            gate += block if DEFER else tl.sum(block, 1)
+            block = _products(x, up_base, gate_row, there, column, width, row_stride, column_stride)
+            up += block if DEFER else tl.sum(block, 1)
+        if DEFER:
+            gate = tl.sum(gate, 1)
+            up = tl.sum(up, 1)
+    biases = bias + slot * bias_stride + gate_row
+    value = _activated(gate, up, biases, up_offset, there, act, HAS_BIAS, KIND)
+    tl.store(act + one * inner + row, value, mask=there)
 
 
 @triton.jit
@@ -99,6 +180,7 @@ def _down(
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    DEFER: tl.constexpr,
 ):
     one = tl.program_id(0)
     slot = tl.load(slots + one).to(tl.int64)
@@ -106,15 +188,10 @@ def _down(
         return
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     there = row < width
-    base = weight + slot * slot_stride
-    total = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, inner, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        inside = column < inner
-        x = tl.load(act + one * inner + column, mask=inside, other=0.0).to(tl.float32)
-        both = there[:, None] & inside[None, :]
-        at = base + row[:, None] * row_stride + column[None, :] * column_stride
-        total += tl.sum(tl.load(at, mask=both, other=0.0).to(tl.float32) * x[None, :], 1)
+    total = _times(
+        act + one * inner, weight + slot * slot_stride, row, there, inner, row_stride,
+        column_stride, ROWS, COLUMNS, DEFER,
+    )  # fmt: skip
     if HAS_BIAS:
         total += tl.load(bias + slot * bias_stride + row, mask=there, other=0.0).to(tl.float32)
     tl.store(out + one * width + row, total.to(out.dtype.element_ty), mask=there)
@@ -163,20 +240,10 @@ def _up_tiles(
         both = known[:, None] & inside[None, :]
         gate = tl.dot(x, tl.load(at, mask=both, other=0.0), gate)
         up = tl.dot(x, tl.load(at + up_offset * row_stride, mask=both, other=0.0), up)
-    if HAS_BIAS:
-        biases = bias + slot * bias_stride + gate_row
-        gate += tl.load(biases, mask=inside, other=0.0).to(tl.float32)[None, :]
-        up += tl.load(biases + up_offset, mask=inside, other=0.0).to(tl.float32)[None, :]
-    gate = gate.to(act.dtype.element_ty).to(tl.float32)
-    up = up.to(act.dtype.element_ty).to(tl.float32)
-    if KIND == 0:
-        value = (gate * tl.sigmoid(gate)).to(act.dtype.element_ty).to(tl.float32) * up
-    else:
-        gate = tl.minimum(gate, 7.0)
-        up = tl.minimum(tl.maximum(up, -7.0), 7.0)
-        value = (up + 1.0) * (gate * tl.sigmoid(gate * 1.702))
+    biases = (bias + slot * bias_stride + gate_row)[None, :]
+    value = _activated(gate, up, biases, up_offset, inside[None, :], act, HAS_BIAS, KIND)
     target = act + which[:, None] * inner + n[None, :]
-    tl.store(target, value.to(act.dtype.element_ty), mask=there[:, None] & inside[None, :])
+    tl.store(target, value, mask=there[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -243,46 +310,34 @@ class GatedExperts:
 
         hidden [T, H]; slots int16 [T * k]; act [T * k, I]; out [T * k, H].
         """
-        count = len(slots)
-        top_k = count // len(hidden)
-        row, column = _strides(self.gate_up, self.transposed)
-        rows, columns = (64, 32) if self.transposed else (8, 512)
-        _up[(count, triton.cdiv(self.inner, rows))](
-            hidden,
-            slots,
-            self.gate_up,
-            self.gate_up if self.gate_up_bias is None else self.gate_up_bias,
-            act,
-            self.width,
-            self.inner,
-            self.gate_up.stride(0),
-            0 if self.gate_up_bias is None else self.gate_up_bias.stride(0),
-            row,
-            column,
-            2 if self.interleaved else 1,
-            1 if self.interleaved else self.inner,
-            TOP_K=top_k,
-            HAS_BIAS=self.gate_up_bias is not None,
-            KIND=self.kind,
-            ROWS=rows,
-            COLUMNS=columns,
+        up, down = DECODE_BLOCKS[self.transposed]
+        self.launch_up(hidden, slots, act, up)
+        self.launch_down(act, slots, out, down)
+
+    def launch_up(
+        self, hidden: torch.Tensor, slots: torch.Tensor, act: torch.Tensor, block: Block
+    ) -> None:
+        """The first product and the activation; as :meth:`launch`."""
+        _up[(len(slots), triton.cdiv(self.inner, block.rows))](
+            hidden=hidden,
+            slots=slots,
+            act=act,
+            TOP_K=len(slots) // len(hidden),
+            PAIRED=block.paired and self.interleaved,
+            **self._up_arguments(),
+            **_block_arguments(block),
         )
-        row, column = _strides(self.down, self.transposed)
-        _down[(count, triton.cdiv(self.width, rows))](
-            act,
-            slots,
-            self.down,
-            self.down if self.down_bias is None else self.down_bias,
-            out,
-            self.width,
-            self.inner,
-            self.down.stride(0),
-            0 if self.down_bias is None else self.down_bias.stride(0),
-            row,
-            column,
-            HAS_BIAS=self.down_bias is not None,
-            ROWS=rows,
-            COLUMNS=columns,
+
+    def launch_down(
+        self, act: torch.Tensor, slots: torch.Tensor, out: torch.Tensor, block: Block
+    ) -> None:
+        """The second product; as :meth:`launch`."""
+        _down[(len(slots), triton.cdiv(self.width, block.rows))](
+            act=act,
+            slots=slots,
+            out=out,
+            **self._down_arguments(),
+            **_block_arguments(block),
         )
 
     def launch_tiles(
@@ -300,48 +355,58 @@ class GatedExperts:
         [tiles, 4]: slot, first place in ``order``, how many, 0; act [T * k, I]; out [T * k, H].
         ``order`` and ``tiles`` may lie in pinned memory.
         """
-        row, column = _strides(self.gate_up, self.transposed)
+        tile = {"BM": tile_rows, "BN": TILE_COLUMNS, "BK": TILE_DEPTH}
         _up_tiles[(triton.cdiv(self.inner, TILE_COLUMNS), len(tiles))](
-            hidden,
-            order,
-            tiles,
-            self.gate_up,
-            self.gate_up if self.gate_up_bias is None else self.gate_up_bias,
-            act,
-            self.width,
-            self.inner,
-            self.gate_up.stride(0),
-            0 if self.gate_up_bias is None else self.gate_up_bias.stride(0),
-            row,
-            column,
-            2 if self.interleaved else 1,
-            1 if self.interleaved else self.inner,
+            hidden=hidden,
+            order=order,
+            tiles=tiles,
+            act=act,
             TOP_K=len(out) // len(hidden),
-            HAS_BIAS=self.gate_up_bias is not None,
-            KIND=self.kind,
-            BM=tile_rows,
-            BN=TILE_COLUMNS,
-            BK=TILE_DEPTH,
+            **self._up_arguments(),
+            **tile,
         )
-        row, column = _strides(self.down, self.transposed)
         _down_tiles[(triton.cdiv(self.width, TILE_COLUMNS), len(tiles))](
-            act,
-            order,
-            tiles,
-            self.down,
-            self.down if self.down_bias is None else self.down_bias,
-            out,
-            self.width,
-            self.inner,
-            self.down.stride(0),
-            0 if self.down_bias is None else self.down_bias.stride(0),
-            row,
-            column,
-            HAS_BIAS=self.down_bias is not None,
-            BM=tile_rows,
-            BN=TILE_COLUMNS,
-            BK=TILE_DEPTH,
+            act=act,
+            order=order,
+            tiles=tiles,
+            out=out,
+            **self._down_arguments(),
+            **tile,
         )
+
+    def _up_arguments(self) -> dict[str, Any]:
+        return {
+            **self._matrix(self.gate_up, self.gate_up_bias),
+            "gate_step": 2 if self.interleaved else 1,
+            "up_offset": 1 if self.interleaved else self.inner,
+            "KIND": self.kind,
+        }
+
+    def _down_arguments(self) -> dict[str, Any]:
+        return self._matrix(self.down, self.down_bias)
+
+    def _matrix(self, weight: torch.Tensor, bias: torch.Tensor | None) -> dict[str, Any]:
+        row, column = _strides(weight, self.transposed)
+        return {
+            "weight": weight,
+            "bias": weight if bias is None else bias,
+            "width": self.width,
+            "inner": self.inner,
+            "slot_stride": weight.stride(0),
+            "bias_stride": 0 if bias is None else bias.stride(0),
+            "row_stride": row,
+            "column_stride": column,
+            "HAS_BIAS": bias is not None,
+        }
+
+
+def _block_arguments(block: Block) -> dict[str, Any]:
+    return {
+        "ROWS": block.rows,
+        "COLUMNS": block.columns,
+        "DEFER": block.defer,
+        "num_warps": block.warps,
+    }
 
 
 def _strides(weight: torch.Tensor, transposed: bool) -> tuple[int, int]:

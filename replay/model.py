@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,10 +57,11 @@ def from_checkpoint(
     layout = layout_of(next(iter(blocks.values())))
     names = list(blocks)
     store = ExpertStore(layout, len(blocks), _experts(blocks), register=device == "cuda")
-    with ExpertReader(path, meta, blocks) as reader:
-        store.fill(lambda layer, expert: reader.read(names[layer], expert))
-    skeleton = load_skeleton(path, dtype, device)
-    return _ready(skeleton, store, layout, config, "checkpoint")
+    with _closed_on_failure(store):
+        with ExpertReader(path, meta, blocks) as reader:
+            store.fill(lambda layer, expert: reader.read(names[layer], expert))
+        skeleton = load_skeleton(path, dtype, device)
+        return _ready(skeleton, store, layout, config, "checkpoint")
 
 
 def synthetic(config: Any, device: str, seed: int = 0) -> ReplayModel:
@@ -67,12 +70,23 @@ def synthetic(config: Any, device: str, seed: int = 0) -> ReplayModel:
     blocks = _blocks(meta_model(config, dtype))
     layout = layout_of(next(iter(blocks.values())))
     store = ExpertStore(layout, len(blocks), _experts(blocks), register=False)
-    # Filled before it is pinned: touched memory is pinned seven times as fast.
-    store.fill_random(seed)
-    if device == "cuda":
-        store.register()
-    skeleton = random_skeleton(config, dtype, device, seed)
-    return _ready(skeleton, store, layout, config, "synthetic")
+    with _closed_on_failure(store):
+        # Filled before it is pinned: touched memory is pinned seven times as fast.
+        store.fill_random(seed)
+        if device == "cuda":
+            store.register()
+        skeleton = random_skeleton(config, dtype, device, seed)
+        return _ready(skeleton, store, layout, config, "synthetic")
+
+
+@contextmanager
+def _closed_on_failure(store: ExpertStore) -> Iterator[None]:
+    """Gives the host's memory back where a model cannot be made ready."""
+    try:
+        yield
+    except BaseException:
+        store.close()
+        raise
 
 
 def _blocks(meta: Any) -> dict[str, Any]:

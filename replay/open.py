@@ -6,6 +6,7 @@ import shlex
 import sys
 
 from configs.errors import UserError
+from replay.memory import enough_memory
 from replay.model import ReplayModel, from_checkpoint, synthetic
 from replay.published import transformers_config
 from tracer.load_model import resolve_device
@@ -13,6 +14,7 @@ from tracer.load_model import resolve_device
 DTYPE = "bf16"
 
 
+@enough_memory("the model", "free the GPU of other programs, or choose a smaller model")
 def open_model(model: str | None, geometry: str | None, device: str) -> ReplayModel:
     """Experts in host memory, the rest on the device.
 

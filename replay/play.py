@@ -16,7 +16,9 @@ from transformers import StaticCache
 
 from policies.core import DecisionCore
 from replay.eager import EagerEngine
+from replay.memory import enough_memory
 from replay.model import ReplayModel
+from replay.slots import CopyEngine
 from sim.machine import StepTimes
 from sim.spans import STEP, ChunkSpan
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from replay.predictors import Predictors
 
 Ints = npt.NDArray[Any]
+
+_LESS = "give a smaller --budget or --expert-budget, or a trace of shorter requests"
 
 
 @dataclass(frozen=True)
@@ -118,29 +122,47 @@ class Session:
 class Replay:
     """One policy on a session's model: the slots live as long as this object.
 
-    ``link_scale``: emulate a link so many times slower.
+    ``link_scale``: emulate a link so many times slower. ``check``: a SlotRaceError tells where an
+    expert was computed before its copy was there; slower, for tests. Raises UserError where the
+    device has not the memory.
     """
 
+    @enough_memory("a run", _LESS)
     def __init__(
-        self, session: Session, core: DecisionCore, *, window: int = 2, link_scale: float = 1.0
+        self,
+        session: Session,
+        core: DecisionCore,
+        *,
+        window: int = 2,
+        link_scale: float = 1.0,
+        check: bool = False,
     ) -> None:
         ready = session.ready
         self._session = session
+        self._check = check
         self._core = core
         self.eager = EagerEngine(
-            ready.model, ready.modules, ready.store, core, window=window, link_scale=link_scale
+            ready.model,
+            ready.modules,
+            ready.store,
+            core,
+            window=window,
+            link_scale=link_scale,
+            check=check,
         )
         self._graphs = self._graph_engine() if session.device.type == "cuda" else None
         if self._graphs is not None and core.policy.prefetcher is not None:
             self.eager.predictors = session.predictors()
             self.eager.driver.start_predictor = self.eager.predictors.start
 
+    @enough_memory("a run", _LESS)
     @torch.inference_mode()
     def run(self, steps: Sequence[ForcedStep], *, keep_logits: bool = False) -> Measured:
         """Run recorded steps in order; the ids of the trace are executed."""
         measured = Measured()
         driver = self.eager.driver
-        with _no_collection():
+        copies = self.eager.copies
+        with _no_collection(), _drained(copies):
             for step in steps:
                 began = driver.ledger.mark(STEP, -1)
                 late, miss = driver.stall_late_ns, driver.stall_miss_ns
@@ -156,8 +178,6 @@ class Replay:
                     measured.logits.append(logits[0].float().cpu())
                 times.stall_late.append(driver.stall_late_ns - late)
                 times.stall_miss.append(driver.stall_miss_ns - miss)
-        copies = self.eager.copies
-        copies.drain()
         measured.chunks, measured.copied_bytes = copies.chunks, copies.nbytes
         measured.marks = driver.ledger.marks
         measured.chunks_on_link = copies.spans
@@ -184,6 +204,8 @@ class Replay:
         graphs.step.token.fill_(int(step.token_ids[0]))
         graphs.forced = None if step.experts is None else step.experts.transpose(1, 0, 2)
         graphs.decode(step.index, step.begins, step.ends)
+        if self._check:
+            self.eager.require_finite(graphs.step.logits, f"step {step.index}")
         return graphs.step.next_on_host, graphs.step.logits
 
     def _graph_engine(self) -> GraphEngine:
@@ -194,6 +216,15 @@ class Replay:
         step = self._session.captured()
         launches = GroupLaunches(step, kernels, ready.top_k + 1)
         return GraphEngine(self.eager.driver, step, launches)
+
+
+@contextmanager
+def _drained(copies: CopyEngine) -> Iterator[None]:
+    """However the run ends, no copy is under way afterwards: the slots' memory may go."""
+    try:
+        yield
+    finally:
+        copies.drain()
 
 
 @contextmanager

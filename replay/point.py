@@ -81,6 +81,7 @@ def replay_point(
     Raises UserError or PolicyError for what a user can mend.
     """
     setting = resolve_point(inputs, point, expert_bytes=session.ready.layout.nbytes)
+    _require_same_shape(session, setting)
     core = make_core(inputs, setting, log=[])
     if core.policy.miss_rule is not None:
         raise UserError(
@@ -100,6 +101,19 @@ def replay_point(
     result["peak_memory_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
     result["copied_bytes_measured"] = measured.copied_bytes
     return Replayed(setting, core, measured, result)
+
+
+def _require_same_shape(session: Session, setting: Setting) -> None:
+    """UserError unless the model has the trace's layers, experts and top-k."""
+    ready, shape = session.ready, setting.shape
+    model = len(ready.modules), ready.num_experts, ready.top_k
+    trace = shape.layers, shape.experts, shape.top_k
+    if model != trace:
+        sizes = "{} MoE layers x {} experts, top-{}"
+        raise UserError(
+            f"the model has {sizes.format(*model)}, the trace {sizes.format(*trace)}: replay a "
+            "trace that was recorded from this model, or one of its shape"
+        )
 
 
 def _metrics(setting: Setting, core: DecisionCore, measured: Measured) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
 
 from configs.errors import UserError
 
@@ -55,17 +57,35 @@ def meta_model(config: Any, dtype: torch.dtype) -> Any:
 def load_skeleton(path: str | Path, dtype: torch.dtype, device: str) -> Any:
     """A checkpoint's model on ``device`` without its experts.
 
-    Raises UserError for a checkpoint that lacks other weights: transformers would draw them.
+    Raises UserError for a damaged checkpoint, and one that lacks other weights: transformers would
+    draw them.
     """
-    with without_experts():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, device_map=device, output_loading_info=True
-        )
+    try:
+        with without_experts(), _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, device_map=device, output_loading_info=True
+            )
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be loaded ({error}); get the checkpoint again") from error
     model, found = loaded
     missing = sorted(found["missing_keys"])
     if missing:
         raise UserError(f"{path}: holds no {missing[0]}: the checkpoint is not whole; get it again")
     return model.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress, and its report of the experts as weights of no use."""
+    verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def random_skeleton(config: Any, dtype: torch.dtype, device: str, seed: int) -> Any:

@@ -8,22 +8,34 @@ from time import perf_counter_ns
 import torch
 
 from configs.errors import UserError
+from configs.units import format_bytes
 from policies.core import DecisionCore
 from policies.transfers import Copy
 from replay.cuda_driver import CopyStream
 from replay.layout import ExpertLayout
+from replay.memory import enough_memory
 from replay.store import ExpertStore
 from sim.spans import ChunkSpan
+
+POISON = 0xFF
+"""A byte that makes every floating-point number that it fills a NaN."""
+
+
+class SlotRaceError(RuntimeError):
+    """An expert was computed from a slot before all of it was there: a fault of the engine."""
 
 
 class SlotPool:
     """``slots`` experts' places on ``device``; the core numbers them.
 
     ``views``: the parts of all slots by name, [slots, *shape], as a fused experts module has them.
+    Raises UserError where the device has not the memory.
     """
 
     def __init__(self, layout: ExpertLayout, slots: int, device: torch.device) -> None:
-        self.memory = torch.zeros((slots, layout.nbytes), dtype=torch.uint8, device=device)
+        what = f"{slots} expert slots ({format_bytes(slots * layout.nbytes)})"
+        with enough_memory(what, "give a smaller --budget or --expert-budget"):
+            self.memory = torch.zeros((slots, layout.nbytes), dtype=torch.uint8, device=device)
         self.views = layout.views(self.memory)
 
     @property
@@ -38,7 +50,8 @@ class CopyEngine:
     On CUDA, copies run on a stream of their own; a chunk has landed once its event is reached. On a
     CPU a chunk is there as soon as it is handed over. ``chunks``, ``nbytes``: handed over so far.
     ``scale``: every chunk is followed by ``scale`` - 1 times its bytes into a scratch area, as if
-    the link were so much slower; CUDA only.
+    the link were so much slower; CUDA only. ``poison``: a slot holds NaNs from where a copy to it
+    is handed over until its bytes are there, so that what is computed too early shows.
     """
 
     def __init__(
@@ -48,8 +61,11 @@ class CopyEngine:
         pool: SlotPool,
         window: int = 2,
         scale: float = 1.0,
+        *,
+        poison: bool = False,
     ) -> None:
         self._core = core
+        self._poison = poison
         self._window = window
         self._source = store.memory.view(-1, store.layout.nbytes)
         self._pool = pool
@@ -80,7 +96,8 @@ class CopyEngine:
                 f"--link-scale {self._more + 1:g}: the host's experts are too few for it; "
                 f"give less than {self._source.numel() // nbytes}"
             )
-        return torch.empty(size, dtype=torch.uint8, device=self._pool.memory.device)
+        with enough_memory("a slower link's scratch area", "give a smaller --link-scale or budget"):
+            return torch.empty(size, dtype=torch.uint8, device=self._pool.memory.device)
 
     def refill(self) -> None:
         """Hand over chunks while the window has room and the core names one."""
@@ -119,6 +136,8 @@ class CopyEngine:
         offset = sum(copy.chunk_bytes[: copy.sent - 1]) if copy.chunks > 1 else 0
         self.chunks += 1
         self.nbytes += nbytes
+        if self._poison and copy.sent == 1:
+            self._spoil(slot)
         if self._copies is None:
             run = slice(offset, offset + nbytes)
             self._pool.memory[slot, run].copy_(self._source[key, run])
@@ -133,3 +152,9 @@ class CopyEngine:
         behind = (self._scratch.data_ptr(), self._source_at, int(nbytes * self._more))
         event = self._copies.copy(target, source, nbytes, behind)
         self._flights.append((copy, event, perf_counter_ns()))
+
+    def _spoil(self, slot: int) -> None:
+        """Fill a slot in order with the kernels; its copy waits for that."""
+        self._pool.memory[slot].fill_(POISON)
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())

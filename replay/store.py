@@ -13,6 +13,9 @@ import torch
 from configs.errors import UserError
 from configs.units import format_bytes
 from replay.layout import ExpertLayout
+from replay.memory import require_host_memory
+
+_MEND = "close other programs, or choose a smaller model or precision"
 
 Reader = Callable[[int, int], dict[str, torch.Tensor]]
 
@@ -30,12 +33,12 @@ class ExpertStore:
         self.layers = layers
         self.experts = experts
         size = layers * experts * layout.nbytes
+        require_host_memory(size, f"{layers * experts} experts", _MEND)
         try:
             self.memory = torch.empty((layers, experts, layout.nbytes), dtype=torch.uint8)
         except RuntimeError as error:
             raise UserError(
-                f"the host cannot give {format_bytes(size)} for {layers * experts} experts: close "
-                "other programs, or choose a smaller model or precision"
+                f"the host cannot give {format_bytes(size)} for {layers * experts} experts: {_MEND}"
             ) from error
         self._registered = False
         if register:
@@ -55,6 +58,8 @@ class ExpertStore:
     def close(self) -> None:
         """Release the memory."""
         if self._registered:
+            # A run that broke off may have left copies under way.
+            torch.cuda.synchronize()
             torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr())
             self._registered = False
         self.memory = torch.empty(0, dtype=torch.uint8)

@@ -131,3 +131,68 @@ def test_logits_are_near_those_of_the_unmodified_model(twin: Any, session: Any) 
     margins = [float(expected[at, best[at]] - expected[at, greedy[at]]) for at in apart]
     print(f"largest gap {float(gap.max()):.4f}, tokens apart {apart}, margins {margins}")
     assert all(margin <= 2 * float(gap.max()) for margin in margins)
+
+
+@pytest.fixture(scope="module")
+def steps(session: Any, inputs: Any) -> Any:
+    from replay.point import forced_steps
+
+    return forced_steps(inputs, inputs.workload("last-use"), session.vocabulary)[:40]
+
+
+def checked(session: Any, steps: Any) -> list[int]:
+    """Greedy tokens where copies take half a millisecond each, and slots hold NaNs until then."""
+    from replay.play import Replay
+    from tests.test_replay import make_core
+
+    core = make_core(session.ready, "lru", 0.125)
+    return Replay(session, core, link_scale=500, check=True).run(steps).tokens
+
+
+def test_slow_copies_are_waited_for(session: Any, steps: Any, resident: Any) -> None:
+    assert checked(session, steps) == resident.measured.tokens[: len(steps)]
+
+
+def test_a_planted_race_is_caught(
+    session: Any, steps: Any, resident: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies are taken for landed as soon as they are handed over; prefill, and decode alone."""
+    from replay.cuda_driver import CopyStream
+    from replay.slots import SlotRaceError
+
+    def landed(self: Any, event: int) -> bool:
+        self._idle.append(event)
+        return True
+
+    with monkeypatch.context() as planted:
+        planted.setattr(CopyStream, "landed", landed)
+        with pytest.raises(SlotRaceError, match="layer"):
+            checked(session, steps)
+        decode = [step for step in steps if not step.prefill]
+        session.cache.reset()
+        with pytest.raises(SlotRaceError, match="step"):
+            checked(session, decode)
+    assert checked(session, steps) == resident.measured.tokens[: len(steps)]
+
+
+def test_no_gpu_memory_is_told_and_the_session_goes_on(session: Any, inputs: Any) -> None:
+    import gc
+
+    from configs.errors import UserError
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    hogs = []
+    for size in (2**30, 2**26, 2**23):
+        try:
+            while True:
+                hogs.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+        except torch.OutOfMemoryError:
+            continue
+    with pytest.raises(UserError, match=r"the GPU is out of memory for .* expert slots .* free"):
+        run(session, inputs, "lru", "50%")
+    hogs.clear()
+    gc.collect()
+    assert torch.cuda.memory_allocated() == before
+    assert run(session, inputs, "lru", "50%").measured.tokens

@@ -69,7 +69,7 @@ def replay_command(
     from replay.play import Session
     from replay.point import replay_point
     from sim.commands import parse_point, parse_settings
-    from sim.point import inputs_for
+    from sim.point import inputs_for, timed_geometry
     from tracer.trace import Trace
 
     if not 1 <= link_scale <= 100:
@@ -86,6 +86,7 @@ def replay_command(
         fit_share=fit_share,
     )
     inputs = inputs_for(Trace.open(trace), point)
+    timed_geometry(inputs, point)  # another shape is told before a model is loaded
     with closing(open_model(model, geometry, device)) as ready:
         session = Session(ready, inputs.workload(point.touch_order).max_context)
         run = replay_point(session, inputs, point, link_scale=link_scale)

@@ -1,0 +1,111 @@
+"""The Triton kernels against plain products: on a GPU, or anywhere in Triton's interpreter.
+
+`pytest -m gpu tests/test_kernels.py`, with `TRITON_INTERPRET=1` where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from replay.kernels import CLAMPED_GLU, SILU, Block, GatedExperts  # noqa: E402
+from replay.tiles import TILE_ROWS  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = [
+    pytest.mark.gpu,
+    # Of Triton's interpreter.
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+    pytest.mark.skipif(
+        not (INTERPRETED or torch.cuda.is_available()), reason="no CUDA GPU, no TRITON_INTERPRET=1"
+    ),
+]
+DEVICE = "cpu" if INTERPRETED else "cuda"
+SLOTS, WIDTH, INNER, TOP_K = 6, 72, 40, 3
+SLOT_OF = (3, 1, 5, 0, 2)
+PLAIN = [Block(8, 32), Block(4, 64, warps=2), Block(16, 16, warps=8)]
+BLOCKS = [*PLAIN, Block(8, 32, defer=True), Block(8, 32, paired=True)]
+BLOCKS += [Block(32, 16, 8, defer=True, paired=True)]
+
+
+def drawn(*size: int) -> torch.Tensor:
+    return (torch.randn(size) * 0.3).to(DEVICE)
+
+
+@pytest.fixture(params=[False, True], ids=["concatenated", "interleaved"])
+def experts(request: Any) -> GatedExperts:
+    """As OLMoE has them, and as gpt-oss: transposed, gate and up alternating, biased, clamped."""
+    torch.manual_seed(0)
+    other = request.param
+    up = (SLOTS, WIDTH, 2 * INNER) if other else (SLOTS, 2 * INNER, WIDTH)
+    down = (SLOTS, INNER, WIDTH) if other else (SLOTS, WIDTH, INNER)
+    return GatedExperts(
+        gate_up=drawn(*up),
+        down=drawn(*down),
+        gate_up_bias=drawn(SLOTS, 2 * INNER) if other else None,
+        down_bias=drawn(SLOTS, WIDTH) if other else None,
+        width=WIDTH,
+        inner=INNER,
+        transposed=other,
+        interleaved=other,
+        kind=CLAMPED_GLU if other else SILU,
+    )
+
+
+def expected(experts: GatedExperts, hidden: torch.Tensor, slot: int) -> torch.Tensor:
+    """One expert of one token."""
+    if not experts.transposed:
+        gate, up = (experts.gate_up[slot] @ hidden).chunk(2)
+        return experts.down[slot] @ (torch.nn.functional.silu(gate) * up)
+    assert experts.gate_up_bias is not None
+    assert experts.down_bias is not None
+    both = hidden @ experts.gate_up[slot] + experts.gate_up_bias[slot]
+    gate, up = both[::2].clamp(max=7.0), both[1::2].clamp(-7.0, 7.0)
+    act = (up + 1) * gate * torch.sigmoid(gate * 1.702)
+    return act @ experts.down[slot] + experts.down_bias[slot]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_decode_blocks_give_the_plain_products(experts: GatedExperts, block: Block) -> None:
+    hidden = drawn(1, WIDTH)
+    named = [4, -1, 2]
+    slots = torch.tensor(named, dtype=torch.int16, device=DEVICE)
+    act = torch.zeros(TOP_K, INNER, device=DEVICE)
+    out = torch.full((TOP_K, WIDTH), 9.0, device=DEVICE)
+    experts.launch_up(hidden, slots, act, block)
+    experts.launch_down(act, slots, out, block)
+    for row, slot in enumerate(named):
+        # Assignments of another group are left as they were.
+        wanted = torch.full((WIDTH,), 9.0).to(DEVICE)
+        if slot >= 0:
+            wanted = expected(experts, hidden[0], slot)
+        torch.testing.assert_close(out[row], wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", TILE_ROWS)
+@pytest.mark.parametrize("tokens", [1, 11])
+def test_tiles_give_the_plain_products(experts: GatedExperts, rows: int, tokens: int) -> None:
+    hidden = drawn(tokens, WIDTH)
+    ids = torch.stack([torch.randperm(len(SLOT_OF))[:TOP_K] for _ in range(tokens)]).reshape(-1)
+    order = torch.argsort(ids, stable=True).int()
+    counts = torch.bincount(ids, minlength=len(SLOT_OF)).tolist()
+    tiles, first = [], 0
+    for expert, count in enumerate(counts):
+        tiles += [
+            (SLOT_OF[expert], first + done, min(rows, count - done), 0)
+            for done in range(0, count, rows)
+        ]
+        first += count
+    act = torch.zeros(len(ids), INNER, device=DEVICE)
+    out = torch.zeros(len(ids), WIDTH, device=DEVICE)
+    table = torch.tensor(tiles, dtype=torch.int32, device=DEVICE)
+    experts.launch_tiles(hidden, order.to(DEVICE), table, act, out, rows)
+    for row, expert in enumerate(ids.tolist()):
+        wanted = expected(experts, hidden[row // TOP_K], SLOT_OF[expert])
+        # On a GPU products of float32 in tiles are of TF32's precision.
+        torch.testing.assert_close(out[row], wanted, rtol=2e-2, atol=2e-2)
