@@ -44,10 +44,12 @@ class Block:
 
 
 DECODE_BLOCKS = {
-    False: (Block(8, 512), Block(8, 512)),
-    True: (Block(64, 32), Block(64, 32)),
+    False: (Block(8, 512, defer=True), Block(4, 512)),
+    True: (Block(16, 64, warps=8, defer=True, paired=True), Block(32, 64, warps=8, defer=True)),
 }
-"""Of :func:`_up` and :func:`_down`, by whether weights are transposed: [in, out]."""
+"""Of :func:`_up` and :func:`_down`, by whether weights are transposed: [in, out].
+
+Chosen on an H200 among some 80 (docs/decisions.md has the times)."""
 
 
 @triton.jit

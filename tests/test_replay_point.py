@@ -107,7 +107,7 @@ def test_what_the_engine_cannot_run_is_said(session: Session, inputs: Inputs) ->
 
 
 def test_a_trace_of_batches_is_refused(session: Session, tmp_path: Path) -> None:
-    trace = make_trace(tmp_path / "batches", batch=2)
+    trace = make_trace(tmp_path / "batches", layers=16, experts=64, top_k=8, batch=2)
     with pytest.raises(UserError, match="up to 2 requests in a step"):
         replay_point(session, Inputs(trace), point("lru", "4/layer"))
 
