@@ -83,10 +83,10 @@ def replay_point(
     setting = resolve_point(inputs, point, expert_bytes=session.ready.layout.nbytes)
     _require_same_shape(session, setting)
     core = make_core(inputs, setting, log=[])
-    if core.policy.miss_rule is not None:
+    if core.policy.miss_rule is not None and core.policy.miss_rule.lossy:
         raise UserError(
-            f"{point.policy} does not copy every miss (it computes some on the CPU, or changes the "
-            "routing): the replay engine cannot run it yet"
+            f"{point.policy} changes the routing: the replay engine runs lossless policies only; "
+            "moesim quality shows what it does to a model"
         )
     steps = forced_steps(inputs, setting.workload, session.vocabulary)
     cuda = session.device.type == "cuda"
@@ -120,7 +120,7 @@ def _metrics(setting: Setting, core: DecisionCore, measured: Measured) -> dict[s
     times = measured.times
     # What the device did in between is told by the ledger.
     nothing = [0] * len(times.end)
-    times.segments, times.experts, times.stall_cpu = nothing, nothing, nothing
+    times.segments, times.experts = nothing, nothing
     metrics = collect(setting.workload, times, core.tally, 0)
     del metrics["link_busy_share"]
     return metrics
