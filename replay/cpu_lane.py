@@ -36,8 +36,8 @@ _KEPT_CORES = 2  # for the engine's own thread and the driver's
 class CpuLane:
     """A worker for a model's experts, of events of up to ``rows`` tokens, on ``threads`` threads.
 
-    Raises UserError for experts of a kind that it cannot compute, and wherever the process has
-    ended by itself.
+    ``width``: of the hidden states. Raises UserError for experts of a kind that it cannot compute,
+    and wherever the process has ended by itself.
     """
 
     def __init__(self, ready: ReplayModel, rows: int, threads: int) -> None:
@@ -46,16 +46,20 @@ class CpuLane:
         form = form_of(ready.modules[0], parts)
         if form is None:
             raise UserError(
-                f"{type(ready.modules[0]).__name__}: experts of this kind cannot be computed on the "
-                "CPU; choose a policy that copies every miss"
+                f"{type(ready.modules[0]).__name__}: experts of this kind cannot be computed on "
+                "the CPU; choose a policy that copies every miss"
             )
         if store.file is None:
             raise UserError("computing experts on the CPU needs Linux; choose another policy")
         down = parts["down_proj"]
         shape = LaneShape(
-            rows, ready.top_k, ready.num_experts, down.shape[1 if form.transposed else 0], down.dtype
+            rows,
+            ready.top_k,
+            ready.num_experts,
+            down.shape[1 if form.transposed else 0],
+            down.dtype,
         )
-        self.threads = threads
+        self.threads, self.width = threads, shape.width
         self._shared = SharedMemory(LaneMemory.nbytes(shape), "the CPU's share")
         self._memory = LaneMemory(shape, self._shared.bytes)
         self._places = self._memory.places.numpy()
@@ -162,7 +166,7 @@ class CpuLane:
             time.sleep(0.002)
 
     def _look(self) -> None:
-        """Is the process still there?"""
+        """Raise UserError unless the process is still there."""
         code = self.process.poll()
         if code is not None:
             raise UserError(

@@ -61,7 +61,7 @@ class LaneMemory:
         self._memory = memory
         self._used = 0
         words = self._area((4, _LINE_BYTES // _WORD_BYTES), torch.int64)
-        self.control = memoryview(words.numpy().reshape(-1)).cast("B").cast("q")
+        self.control = words.numpy().reshape(-1).data.cast("B").cast("q")
         self.experts = self._area((shape.experts,), torch.int32)
         self.counts = self._area((shape.experts,), torch.int32)
         self.tokens = self._area((shape.assignments,), torch.int32)

@@ -30,7 +30,7 @@ Predict = Callable[[Prediction], None]
 
 
 class Rows(NamedTuple):
-    """An event's ``hidden`` states [rows, H], and ``out`` [rows * k, H] for its experts' outputs."""
+    """An event's ``hidden`` states [rows, H], and ``out`` [rows * k, H], its experts' outputs."""
 
     hidden: torch.Tensor
     out: torch.Tensor

@@ -58,7 +58,9 @@ def compute(
         gate, up = both[:, ::2], both[:, 1::2]
     else:
         gate, up = both.chunk(2, dim=1)
-    return _product(form, _activated(form, gate, up), parts["down_proj"], parts.get("down_proj_bias"))
+    return _product(
+        form, _activated(form, gate, up), parts["down_proj"], parts.get("down_proj_bias")
+    )
 
 
 def _product(

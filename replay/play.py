@@ -7,6 +7,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -98,6 +99,8 @@ class Session:
         self._predictors: Predictors | None = None
         self._cpu_threads = cpu_threads
         self._lane: CpuLane | None = None
+        #: what starting the process for the CPU's experts took
+        self.lane_start_s = 0.0
 
     def close(self) -> None:
         """End the process that computes experts on the CPU, if there is one."""
@@ -116,7 +119,9 @@ class Session:
 
         if self._lane is None:
             threads = self._cpu_threads or default_threads()
+            began = perf_counter()
             self._lane = CpuLane(self.ready, self.kv_capacity, threads)
+            self.lane_start_s = perf_counter() - began
         return self._lane
 
     @property

@@ -100,6 +100,7 @@ def replay_point(
     result["breakdown_ms"] = breakdown(measured, steps)
     result["peak_memory_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
     result["copied_bytes_measured"] = measured.copied_bytes
+    result["cpu_threads"] = session.lane().threads if core.uses_cpu else None
     return Replayed(setting, core, measured, result)
 
 
