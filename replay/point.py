@@ -82,12 +82,12 @@ def replay_point(
     """
     setting = resolve_point(inputs, point, expert_bytes=session.ready.layout.nbytes)
     _require_same_shape(session, setting)
-    core = make_core(inputs, setting, log=[])
-    if core.policy.miss_rule is not None and core.policy.miss_rule.lossy:
+    if not setting.info.lossless:
         raise UserError(
             f"{point.policy} changes the routing: the replay engine runs lossless policies only; "
             "moesim quality shows what it does to a model"
         )
+    core = make_core(inputs, setting, log=[])
     steps = forced_steps(inputs, setting.workload, session.vocabulary)
     cuda = session.device.type == "cuda"
     if cuda:

@@ -16,9 +16,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import transformers  # noqa: E402
-from typer.testing import CliRunner  # noqa: E402
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts  # noqa: E402
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
 
 import cli  # noqa: E402
 from configs.errors import UserError  # noqa: E402
@@ -189,7 +189,7 @@ def test_threads_leave_room_for_the_engine() -> None:
 
 
 def test_the_host_is_asked_before_it_is_too_late() -> None:
-    with pytest.raises(UserError, match=r"the host cannot give 64\.00 TiB for many experts"):
+    with pytest.raises(UserError, match=r"many experts: needs 64\.00 TiB of host memory"):
         SharedMemory(64 * 2**40, "many experts")
 
 
