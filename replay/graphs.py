@@ -21,7 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from configs.errors import UserError
 from replay.cuda_driver import SmallWrites
-from replay.driver import Driver
+from replay.driver import Driver, Rows
 from replay.kernels import GatedExperts, gated_experts
 from sim.spans import SEGMENT
 
@@ -247,7 +247,8 @@ class GraphEngine:
             self._launches.launch(layer, group, slots)
             group += 1
 
-        self.driver.event(layer, ids, launch)
+        edge = self.step.boundaries[layer]
+        self.driver.event(layer, ids, launch, Rows(edge.hidden, edge.out))
 
 
 def require_kernels(modules: Sequence[Any], views: dict[str, torch.Tensor]) -> list[GatedExperts]:

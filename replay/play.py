@@ -7,6 +7,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from sim.machine import StepTimes
 from sim.spans import STEP, ChunkSpan
 
 if TYPE_CHECKING:
+    from replay.cpu_lane import CpuLane
     from replay.graphs import CapturedStep, GraphEngine
     from replay.predictors import Predictors
 
@@ -81,16 +83,46 @@ def static_cache(config: Any, kv_capacity: int) -> StaticCache:
 class Session:
     """A model and what points share: the KV cache, and the decode step captured from it once.
 
-    ``kv_capacity``: tokens of the static KV cache, the longest request.
+    ``kv_capacity``: tokens of the static KV cache, the longest request. ``cpu_threads``: for
+    experts that a policy leaves to the CPU; None: the physical cores less two. To be closed: a
+    process computes those experts, from the first policy on that needs it.
     """
 
-    def __init__(self, ready: ReplayModel, kv_capacity: int) -> None:
+    def __init__(
+        self, ready: ReplayModel, kv_capacity: int, cpu_threads: int | None = None
+    ) -> None:
         self.ready = ready
         self.device = next(ready.model.parameters()).device
         self.cache = static_cache(ready.model.config, kv_capacity)
         self.kv_capacity = kv_capacity
         self._captured: CapturedStep | None = None
         self._predictors: Predictors | None = None
+        self._cpu_threads = cpu_threads
+        self._lane: CpuLane | None = None
+        #: what starting the process for the CPU's experts took
+        self.lane_start_s = 0.0
+
+    def close(self) -> None:
+        """End the process that computes experts on the CPU, if there is one."""
+        if self._lane is not None:
+            self._lane.close()
+            self._lane = None
+
+    @property
+    def has_lane(self) -> bool:
+        """Whether a policy has needed the CPU so far."""
+        return self._lane is not None
+
+    def lane(self) -> CpuLane:
+        """Who computes experts on the CPU; started when first asked for."""
+        from replay.cpu_lane import CpuLane, default_threads
+
+        if self._lane is None:
+            threads = self._cpu_threads or default_threads()
+            began = perf_counter()
+            self._lane = CpuLane(self.ready, self.kv_capacity, threads)
+            self.lane_start_s = perf_counter() - began
+        return self._lane
 
     @property
     def vocabulary(self) -> int:
@@ -150,6 +182,8 @@ class Replay:
             link_scale=link_scale,
             check=check,
         )
+        if core.uses_cpu:
+            self.eager.driver.lane = session.lane()
         self._graphs = self._graph_engine() if session.device.type == "cuda" else None
         if self._graphs is not None and core.policy.prefetcher is not None:
             self.eager.predictors = session.predictors()
@@ -165,7 +199,7 @@ class Replay:
         with _no_collection(), _drained(copies):
             for step in steps:
                 began = driver.ledger.mark(STEP, -1)
-                late, miss = driver.stall_late_ns, driver.stall_miss_ns
+                before = driver.stall_late_ns, driver.stall_miss_ns, driver.stall_cpu_ns
                 if step.begins:
                     self._session.cache.reset()
                 greedy = self._prefill if step.prefill or self._graphs is None else self._decode
@@ -176,8 +210,9 @@ class Replay:
                 measured.tokens.append(int(chosen[0]))
                 if keep_logits:
                     measured.logits.append(logits[0].float().cpu())
-                times.stall_late.append(driver.stall_late_ns - late)
-                times.stall_miss.append(driver.stall_miss_ns - miss)
+                times.stall_late.append(driver.stall_late_ns - before[0])
+                times.stall_miss.append(driver.stall_miss_ns - before[1])
+                times.stall_cpu.append(driver.stall_cpu_ns - before[2])
         measured.chunks, measured.copied_bytes = copies.chunks, copies.nbytes
         measured.marks = driver.ledger.marks
         measured.chunks_on_link = copies.spans

@@ -19,7 +19,7 @@ class CalibratedTiming(RooflineTiming):
 
     Between the measured sizes of a prefill, and between KV capacities, times are interpolated;
     beyond them the nearest size holds, in proportion to the tokens. CPU work is the hardware
-    profile's. ``link_bytes_per_s``: another link than the measured one.
+    profile's where it was not measured. ``link_bytes_per_s``: another link than the measured one.
     """
 
     provenance = "calibrated"
@@ -39,6 +39,7 @@ class CalibratedTiming(RooflineTiming):
         self._decode = [each for each in times.passes if each.tokens == 1]
         self._prefill = [each for each in times.passes if each.tokens > 1]
         self._hosts: dict[int, HostCosts] = {}
+        self._cpu = times.cpu
         self.host = self.host_for(1)
         self.link = LinkCosts(
             bytes_per_s=link_bytes_per_s or times.link.bytes_per_s,
@@ -48,6 +49,9 @@ class CalibratedTiming(RooflineTiming):
         self.segment_slowdown_ppm = round(times.segment_slowdown * _PPM)
         self._beside_ns = times.experts_beside_ns
         self.experts_slowdown_ppm = self.experts_ppm(1)
+        if times.cpu is not None:
+            self.cpu_slowdown_ppm = round(times.cpu.slowdown * _PPM)
+            self.link_slowdown_cpu_ppm = round(times.cpu.link_slowdown * _PPM)
 
     def host_for(self, tokens: int) -> HostCosts:
         """Host costs of a pass of so many tokens."""
@@ -59,6 +63,8 @@ class CalibratedTiming(RooflineTiming):
     def _host_for(self, tokens: int) -> HostCosts:
         low, high, share = self._between(tokens)
         costs = _mixed(low.host, high.host, share)
+        if self._cpu is not None:
+            costs = replace(costs, cpu_start_ns=self._cpu.start_ns)
         if self._own is None:
             return costs
         return _with_policy(costs, self._own, self._decode[0].host)
@@ -88,9 +94,15 @@ class CalibratedTiming(RooflineTiming):
         """Of a decode step."""
         return self._decode[0].head_ns
 
+    def cpu_experts_ns(self, layer: int, experts: int, assignments: int) -> int:
+        """The lane's, from the hand-over; every layer alike."""
+        if self._cpu is None:
+            return super().cpu_experts_ns(layer, experts, assignments)
+        return self._cpu.ns(experts, assignments)
+
     def combine_ns(self) -> int:
-        """As one expert's launch."""
-        return self._decode[0].experts_ns(1)
+        """As one expert's launch where it was not measured."""
+        return self._decode[0].experts_ns(1) if self._cpu is None else self._cpu.combine_ns
 
     def _between(self, tokens: int) -> tuple[Pass, Pass, float]:
         if tokens == 1 or not self._prefill:

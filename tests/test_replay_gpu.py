@@ -28,11 +28,11 @@ BUDGETS = ("12.5%", "25%", "50%")
 
 
 def lossless_on_gpu() -> list[str]:
-    """Causal or not: all that copy every miss, and change nothing."""
+    """Causal or not, with the CPU or without: all that change nothing."""
     found = []
     for name in policies.names():
         info = policies.get(name)
-        if info.lossless and not info.needs_all and name not in ("auto", "fiddler", "hybrid-split"):
+        if info.lossless and not info.needs_all:
             found.append(name)
     return found
 
@@ -62,7 +62,9 @@ def inputs() -> Any:
 def session(twin: Any, inputs: Any) -> Any:
     from replay.play import Session
 
-    return Session(twin, inputs.workload("last-use").max_context)
+    session = Session(twin, inputs.workload("last-use").max_context)
+    yield session
+    session.close()
 
 
 def run(session: Any, inputs: Any, policy: str, budget: str | None) -> Any:
@@ -196,3 +198,35 @@ def test_no_gpu_memory_is_told_and_the_session_goes_on(session: Any, inputs: Any
     gc.collect()
     assert torch.cuda.memory_allocated() == before
     assert run(session, inputs, "lru", "50%").measured.tokens
+
+
+def test_the_cpu_lanes_results_reach_their_places_and_its_times_are_told(session: Any) -> None:
+    """Against the same sums on the CPU; then what the simulator asks of the lane."""
+    from replay.calibrate.lane import cpu_times
+    from replay.gated import compute, form_of
+
+    lane, ready = session.lane(), session.ready
+    top_k, rows = ready.top_k, 5
+    ids = np.stack([np.arange(row, row + top_k) for row in range(rows)])
+    hidden = torch.randn((rows, lane.width), device="cuda").to(torch.bfloat16)
+    out = torch.full((rows * top_k, lane.width), float("nan"), device="cuda").to(torch.bfloat16)
+    wanted = [4, 1]
+    lane.start(3, wanted, ids, hidden)
+    while not lane.done():
+        pass
+    lane.finish(out)
+    found = out.cpu()
+    views = ready.layout.views(ready.store.memory[3])
+    form = form_of(ready.modules[0], views)
+    assert form is not None
+    for place, expert in enumerate(ids.reshape(-1).tolist()):
+        if expert not in wanted:
+            assert found[place].isnan().all()
+            continue
+        parts = {name: view[expert] for name, view in views.items()}
+        expected = compute(form, parts, hidden[place // top_k][None].cpu())[0]
+        torch.testing.assert_close(found[place], expected, rtol=0.02, atol=1e-3)
+    times = cpu_times(session, readback_ns=8_000)
+    print(times)
+    assert 0 < times.start_ns < 10**6
+    assert times.ns(top_k, top_k) > times.ns(1, 1) > 0

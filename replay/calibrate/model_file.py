@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from configs.errors import UserError
@@ -32,12 +32,16 @@ def calibrate_model(
     prefill_tokens: tuple[int, ...],
     out: Path,
     replace: bool,
+    cpu: bool = False,
+    cpu_threads: int | None = None,
 ) -> ModelTimes:
     """Measure a geometry's or a checkpoint's times and write them to ``out``.
 
-    ``hardware``: the profile that they go with; its readback time is kept.
+    ``hardware``: the profile that they go with; its readback time is kept. ``cpu``: experts on the
+    CPU, too, on ``cpu_threads`` (None: as many as `moesim replay` takes).
     """
     from replay.calibrate.cuda import CudaRig
+    from replay.calibrate.lane import cpu_times
     from replay.open import DTYPE, command_line, open_model
     from replay.play import Session
     from replay.validation.machine import model_times
@@ -55,9 +59,10 @@ def calibrate_model(
     machine = str(CudaRig().facts())
     name = geometry or Path(str(model)).resolve().name
     began = time.monotonic()
-    with closing(open_model(model, geometry, "cuda")) as ready:
+    with ExitStack() as stack:
+        ready = stack.enter_context(closing(open_model(model, geometry, "cuda")))
         print(f"moesim: {time.monotonic() - began:5.0f} s  the model is loaded", file=sys.stderr)
-        session = Session(ready, kv_tokens)
+        session = stack.enter_context(closing(Session(ready, kv_tokens, cpu_threads)))
         # Once to compile and to allocate, once to measure.
         for _ in range(2):
             times = model_times(
@@ -65,6 +70,9 @@ def calibrate_model(
             )
             took = time.monotonic() - began
             print(f"moesim: {took:5.0f} s  measured", file=sys.stderr, flush=True)
+        if cpu:
+            lane = cpu_times(session, int(profile.readback_ns))
+            times = times.model_copy(update={"cpu": lane})
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, render(times).encode())
     return times

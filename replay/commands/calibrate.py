@@ -58,6 +58,13 @@ def calibrate_command(
     prefill_tokens: Annotated[
         str, typer.Option("--prefill-tokens", help="With a model: prefills to measure.")
     ] = "8,64,512",
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="With a model: experts on the CPU, too.")
+    ] = False,
+    cpu_threads: Annotated[
+        int | None,
+        typer.Option("--cpu-threads", min=1, help="With --cpu; default: physical cores less two."),
+    ] = None,
 ) -> None:
     """Measure what this machine's GPU, link and host can do, and write its hardware profile.
 
@@ -72,8 +79,13 @@ def calibrate_command(
 
     require_extra("moesim calibrate")
     if geometry is not None or model is not None:
-        _calibrate_model(geometry, model, base, kv_tokens, prefill_tokens, out, only, replace)
+        sizes = _model_sizes(geometry, model, prefill_tokens, only)
+        _calibrate_model(
+            geometry, model, base, kv_tokens, sizes, out, replace, cpu=cpu, cpu_threads=cpu_threads
+        )
         return
+    if cpu or cpu_threads is not None:
+        raise UserError("--cpu and --cpu-threads go with --geometry or --model")
     from replay.calibrate.cuda import CudaRig
     from replay.calibrate.rig import Sizes
 
@@ -81,24 +93,33 @@ def calibrate_command(
     run(job, CudaRig(), Sizes())
 
 
-def _calibrate_model(
-    geometry: str | None,
-    model: str | None,
-    base: str,
-    kv_tokens: int,
-    prefill_tokens: str,
-    out: Path,
-    only: str | None,
-    replace: bool,
-) -> None:
-    from replay.calibrate.model_file import calibrate_model, parse_sizes
+def _model_sizes(
+    geometry: str | None, model: str | None, prefill_tokens: str, only: str | None
+) -> tuple[int, ...]:
+    from replay.calibrate.model_file import parse_sizes
 
     if only is not None:
         raise UserError("--only names parts of a machine: leave it out with --geometry or --model")
     if geometry is not None and model is not None:
         raise UserError("give --geometry NAME or --model DIRECTORY, one of them")
-    sizes = parse_sizes(prefill_tokens, "--prefill-tokens")
-    times = calibrate_model(geometry, model, base, kv_tokens, sizes, out, replace)
+    return parse_sizes(prefill_tokens, "--prefill-tokens")
+
+
+def _calibrate_model(
+    geometry: str | None,
+    model: str | None,
+    base: str,
+    kv_tokens: int,
+    sizes: tuple[int, ...],
+    out: Path,
+    replace: bool,
+    *,
+    cpu: bool,
+    cpu_threads: int | None,
+) -> None:
+    from replay.calibrate.model_file import calibrate_model
+
+    times = calibrate_model(geometry, model, base, kv_tokens, sizes, out, replace, cpu, cpu_threads)
     decode = times.passes[0]
     print(
         f"{out}: {times.geometry} on {times.hardware}: segments {sum(decode.segment_ns) / 1e6:.3f} "
