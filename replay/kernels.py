@@ -54,7 +54,7 @@ Chosen on an H200 among some 80 (docs/decisions.md has the times)."""
 
 @triton.jit
 def _activated(gate, up, biases, up_offset, known, act, HAS_BIAS: tl.constexpr, KIND: tl.constexpr):
-    """Activation of two projections; ``biases`` (of the gate) and ``known`` broadcast with them."""
+    """Activation of projections [..., n]; their biases, where known, lie from ``biases`` on."""
     if HAS_BIAS:
         gate += tl.load(biases, mask=known, other=0.0).to(tl.float32)
         up += tl.load(biases + up_offset, mask=known, other=0.0).to(tl.float32)
@@ -242,8 +242,8 @@ def _up_tiles(
         both = known[:, None] & inside[None, :]
         gate = tl.dot(x, tl.load(at, mask=both, other=0.0), gate)
         up = tl.dot(x, tl.load(at + up_offset * row_stride, mask=both, other=0.0), up)
-    biases = (bias + slot * bias_stride + gate_row)[None, :]
-    value = _activated(gate, up, biases, up_offset, inside[None, :], act, HAS_BIAS, KIND)
+    biases = bias + slot * bias_stride + gate_row
+    value = _activated(gate, up, biases, up_offset, inside, act, HAS_BIAS, KIND)
     target = act + which[:, None] * inner + n[None, :]
     tl.store(target, value, mask=there[:, None] & inside[None, :])
 

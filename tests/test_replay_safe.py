@@ -298,6 +298,16 @@ def test_no_memory_is_one_line(shared: Path, capsys: Any, monkeypatch: Any) -> N
     assert "1.00 MiB are free" in told
 
 
+def test_no_memory_is_one_line_of_validate_too(
+    tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(replay.memory, "free_host_bytes", lambda: 2**30)
+    out = tmp_path / "out"
+    words = ["validate", "olmoe-dev", "--out", str(out), "--device", "cpu"]
+    assert "1024 experts: needs 12.00 GiB" in fails(words, capsys, monkeypatch)
+    assert not out.exists()
+
+
 def test_a_budget_too_small_is_one_line(shared: Path, capsys: Any, monkeypatch: Any) -> None:
     words = command(shared, *LRU, "--expert-budget", "100KiB")
     told = fails(words, capsys, monkeypatch)
