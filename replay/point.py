@@ -81,7 +81,6 @@ def replay_point(
     Raises UserError or PolicyError for what a user can mend.
     """
     setting = resolve_point(inputs, point, expert_bytes=session.ready.layout.nbytes)
-    _require_same_shape(session, setting)
     if not setting.info.lossless:
         raise UserError(
             f"{point.policy} changes the routing: the replay engine runs lossless policies only; "
@@ -89,6 +88,7 @@ def replay_point(
         )
     core = make_core(inputs, setting, log=[])
     steps = forced_steps(inputs, setting.workload, session.vocabulary)
+    _require_same_shape(session, setting)
     cuda = session.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
