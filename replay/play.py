@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import torch
 from transformers import StaticCache
 
 from policies.core import DecisionCore
+from replay.cores import on_quiet_core
 from replay.eager import EagerEngine
 from replay.memory import enough_memory
 from replay.model import ReplayModel
@@ -196,7 +197,7 @@ class Replay:
         measured = Measured()
         driver = self.eager.driver
         copies = self.eager.copies
-        with _no_collection(), _drained(copies):
+        with self._alone(), _no_collection(), _drained(copies):
             for step in steps:
                 began = driver.ledger.mark(STEP, -1)
                 before = driver.stall_late_ns, driver.stall_miss_ns, driver.stall_cpu_ns
@@ -218,6 +219,10 @@ class Replay:
         measured.chunks_on_link = copies.spans
         self._core.finish()
         return measured
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """A core for the host thread; where the device is the CPU itself, it has all."""
+        return nullcontext() if self._graphs is None else on_quiet_core()
 
     def _prefill(self, step: ForcedStep) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = torch.from_numpy(step.token_ids[None].astype(np.int64)).to(self._session.device)

@@ -67,7 +67,8 @@ class CalibratedTiming(RooflineTiming):
             costs = replace(costs, cpu_start_ns=self._cpu.start_ns)
         if self._own is None:
             return costs
-        return _with_policy(costs, self._own, self._decode[0].host)
+        costs = _with_policy(costs, self._own, self._decode[0].host)
+        return _with_decode_steps(costs, self._own) if tokens == 1 else costs
 
     def segment_ns(self, layer: int, tokens: int, requests: int, kv_tokens: int) -> int:
         """By layer; decode steps by KV capacity."""
@@ -131,12 +132,14 @@ def _mix(low: int, high: int, share: float) -> int:
 
 
 def _mixed(low: HostTimes, high: HostTimes, share: float) -> HostCosts:
-    return HostCosts(
-        **{
-            name: _mix(getattr(low, name), getattr(high, name), share)
-            for name in HostTimes.model_fields
-        }
-    )
+    names = [name for name in HostTimes.model_fields if name != "next_wave_ns"]
+    mixed = {name: _mix(getattr(low, name), getattr(high, name), share) for name in names}
+    later = [
+        each.decision_ns if each.next_wave_ns is None else each.next_wave_ns for each in (low, high)
+    ]
+    if low.next_wave_ns is None and high.next_wave_ns is None:
+        return HostCosts(**mixed)
+    return HostCosts(**mixed, next_wave_ns=_mix(later[0], later[1], share))
 
 
 def _with_policy(costs: HostCosts, own: PolicyTimes, plain: HostTimes) -> HostCosts:
@@ -147,3 +150,10 @@ def _with_policy(costs: HostCosts, own: PolicyTimes, plain: HostTimes) -> HostCo
         awaited_ns=own.awaited_ns,
         copy_issue_ns=own.copy_issue_ns,
     )
+
+
+def _with_decode_steps(costs: HostCosts, own: PolicyTimes) -> HostCosts:
+    """What the policy's decode steps take beside its decisions, as far as it was measured."""
+    names = ("step_ns", "segment_launch_ns", "experts_launch_ns")
+    known = {name: getattr(own, name) for name in names if getattr(own, name) is not None}
+    return replace(costs, **known)
