@@ -20,7 +20,7 @@ from sim.point import Point
 from sim.spans import DECIDE, EXPERTS, ISSUE, SEGMENT, STEP
 
 _REPEATS = 30
-_TURNS = 2
+_TURNS = 3
 
 
 def model_times(
@@ -73,7 +73,7 @@ def predictor_times(session: Session) -> dict[str, int]:
 def policy_times(
     session: Session, inputs: Inputs, points: Sequence[Point]
 ) -> Iterator[tuple[str, PolicyTimes, float]]:
-    """Host time of each policy's decisions, from two runs on requests that are not judged.
+    """Host time of each policy's decisions, from three runs on requests that are not judged.
 
     With it, what a run took beside its steps, s. All policies take turns, so that a while in which
     the host is slow is nobody's alone.
