@@ -42,6 +42,8 @@ class Driver:
         self._previous = -1
         self.ledger = Ledger()
         self.stall_late_ns = self.stall_miss_ns = 0
+        #: where the ids of every event go, if they are to be kept
+        self.routing: list[npt.NDArray[Any]] | None = None
         core.clock_ns = perf_counter_ns
         #: predictions whose predictor is at work, with the test whether it has finished
         self._coming: list[tuple[Callable[[], bool], Prediction]] = []
@@ -73,6 +75,8 @@ class Driver:
         The device has run everything launched before this gate.
         """
         core, ledger = self.core, self.ledger
+        if self.routing is not None:
+            self.routing.append(np.array(ids))
         keys, tokens = self._distinct(layer, ids)
         self._take_in()
         if self._previous >= 0:

@@ -1,0 +1,326 @@
+"""Batches in the replay engine on a plain CPU, and the model's own routing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from typer.testing import CliRunner  # noqa: E402
+
+import cli  # noqa: E402
+from configs.errors import UserError  # noqa: E402
+from replay.batches import columns_of, laid_out, seats_of  # noqa: E402
+from replay.model import ReplayModel, from_checkpoint  # noqa: E402
+from replay.play import Measured, Replay, Session  # noqa: E402
+from replay.point import (  # noqa: E402
+    MODEL,
+    Replayed,
+    agreement,
+    decisions,
+    forced_steps,
+    predict_point,
+    replay_point,
+)
+from sim.inputs import Inputs  # noqa: E402
+from sim.point import Point, make_core, resolve_point  # noqa: E402
+from tests.machines import FlatTiming  # noqa: E402
+from tests.recorded import record_batches  # noqa: E402
+from tests.traces import make_trace  # noqa: E402
+from tracer.trace import Trace  # noqa: E402
+from tracer.workload import Workload  # noqa: E402
+
+BATCH = 3
+
+
+@dataclass
+class Recorded:
+    """A twin, and a trace of batches that it recorded."""
+
+    path: Path
+    ready: ReplayModel
+    inputs: Inputs
+    session: Session
+
+    @property
+    def workload(self) -> Workload:
+        return self.inputs.workload("last-use")
+
+
+@pytest.fixture(scope="module", params=["olmoe-twin", "qwen2moe-twin"])
+def recorded(
+    request: pytest.FixtureRequest, shared: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Recorded]:
+    path = shared / "models" / request.param
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        trace = record_batches(
+            path, tmp_path_factory.mktemp("trace") / "batches", monkeypatch, batch=BATCH
+        )
+    ready = from_checkpoint(path, "cpu")
+    inputs = Inputs(trace)
+    yield Recorded(path, ready, inputs, Session.for_workloads(ready, inputs.workload("last-use")))
+    ready.close()
+
+
+@pytest.fixture(scope="module")
+def resident(recorded: Recorded) -> Replayed:
+    given = Point(policy="resident", hardware="h200-pcie5")
+    return replay_point(recorded.session, recorded.inputs, given)
+
+
+def point(policy: str, budget: str = "25%") -> Point:
+    return Point(policy=policy, hardware="h200-pcie5", expert_budget=budget, window=64)
+
+
+def requests_run(workload: Workload) -> int:
+    return sum(len(step.requests) for step in workload.steps())
+
+
+def test_the_trace_has_what_is_hard_about_batches(recorded: Recorded) -> None:
+    steps = list(recorded.workload.steps())
+    sizes = [len(step.requests) for step in steps]
+    assert max(sizes) == BATCH
+    assert [step.begins for step in steps if step.begins] == [(0, 1, 2), (3, 4)]
+    ended_early = [step for step in steps if step.ends and len(step.ends) < len(step.requests)]
+    assert ended_early
+    assert recorded.session.kv_capacity == 26  # 20 of the longest prompt, 6 drawn less the last
+
+
+@pytest.mark.parametrize("policy", ["lru", "next-gate"])
+def test_a_batch_says_what_the_resident_model_says(
+    recorded: Recorded, resident: Replayed, policy: str
+) -> None:
+    found = replay_point(recorded.session, recorded.inputs, point(policy))
+    assert len(found.measured.tokens) == requests_run(recorded.workload)
+    assert found.measured.tokens == resident.measured.tokens
+    assert len(set(found.measured.tokens)) > 5
+    assert found.result["copied_bytes_measured"] == found.core.tally.copied_bytes > 0
+    assert found.result["batch"] == BATCH
+
+
+def test_the_simulator_decides_what_the_device_decided_for_a_batch(recorded: Recorded) -> None:
+    found = replay_point(recorded.session, recorded.inputs, point("lru"))
+    simulated = predict_point(
+        recorded.inputs,
+        point("lru"),
+        FlatTiming(),
+        expert_bytes=recorded.ready.layout.nbytes,
+    )
+    assert found.log
+    assert found.log == decisions(simulated.core)
+    assert found.core.tally == simulated.core.tally
+    assert found.result["requests"] == 5
+    assert found.result["tokens"] == simulated.result["tokens"]
+    for name in ("ttft_ms", "tpot_ms"):
+        assert found.result[name]["mean"] > 0
+
+
+def plain_logits(recorded: Recorded) -> list[torch.Tensor]:
+    """Of transformers' own model on the same padded batches, step by step, request by request."""
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(recorded.path, dtype=torch.bfloat16).eval()
+    steps = forced_steps(recorded.inputs, recorded.workload, 2**31, MODEL)
+    begins = [index for index, step in enumerate(steps) if step.begins]
+    found = []
+    for first, last in zip(begins, [*begins[1:], len(steps)], strict=True):
+        batch = steps[first:last]
+        parts = [laid_out(step.token_ids, step.seats_or_first, BATCH)[0] for step in batch]
+        tokens = np.concatenate(parts, 1)
+        counts = np.bincount(batch[0].seats_or_first, minlength=BATCH)
+        pads = np.where(counts > 0, counts.max() - counts, 0)
+        columns = np.arange(tokens.shape[1])
+        with torch.inference_mode():
+            logits = whole(
+                torch.from_numpy(tokens),
+                attention_mask=torch.from_numpy((columns >= pads[:, None]).astype(np.int64)),
+                position_ids=torch.from_numpy((columns - pads[:, None]).clip(min=0)),
+            ).logits
+        width = parts[0].shape[1]
+        for index, step in enumerate(batch):
+            found += [logits[line, width - 1 + index].float() for line in step.lines]
+    return found
+
+
+def own_routing(recorded: Recorded, steps: int | None = None) -> Measured:
+    """The model's own experts under lru, in the first ``steps``."""
+    inputs = recorded.inputs
+    setting = resolve_point(inputs, point("lru"), expert_bytes=recorded.ready.layout.nbytes)
+    replay = Replay(recorded.session, make_core(inputs, setting), window=64)
+    forced = forced_steps(inputs, recorded.workload, recorded.session.vocabulary, MODEL)
+    return replay.run(forced[:steps], keep_logits=True, keep_routing=True)
+
+
+def test_logits_are_near_those_of_the_plain_model_on_the_same_padded_batch(
+    recorded: Recorded,
+) -> None:
+    measured = own_routing(recorded)
+    found = torch.stack(measured.logits)
+    expected = torch.stack(plain_logits(recorded))
+    gap = (found - expected).abs()
+    # Sums in another order, rounded to bfloat16: 0.19 of 14.5 and 0.23 of 12.8 were found. Padding
+    # that is seen changes all of it (below).
+    assert float(gap.max()) <= 0.03 * float(expected.abs().max())
+    # 0.998 and 0.997 were found: the cache has other lengths than the recorder's, so attention
+    # sums in another order, and experts that are nearly equal change places.
+    assert agreement(recorded.workload, measured) > 0.99
+
+
+def test_padding_that_is_seen_would_be_noticed(recorded: Recorded) -> None:
+    inputs = recorded.session.batch
+    assert inputs is not None
+    begin = inputs.begin
+
+    def unmasked(*given: Any) -> None:
+        begin(*given)
+        inputs.mask.fill_(True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs, "begin", unmasked)
+        found = torch.stack(own_routing(recorded, steps=1).logits)
+    expected = torch.stack(plain_logits(recorded)[: len(found)])
+    assert float((found - expected).abs().max()) > 0.1 * float(expected.abs().max())
+
+
+def test_requests_of_a_batch_can_be_chosen(recorded: Recorded) -> None:
+    inputs = Inputs(recorded.inputs.trace, requests=(1, 2, 4))
+    found = replay_point(recorded.session, inputs, point("lru"))
+    assert found.result["requests"] == 3
+    assert len(found.measured.tokens) == requests_run(inputs.workload("last-use"))
+
+
+# ---------------------------------------------------------------------- layout
+
+
+def test_prompts_are_padded_to_the_left() -> None:
+    tokens, places = laid_out(np.array([5, 6, 7, 8, 9]), np.array([0, 0, 2, 2, 2]), 4)
+    assert tokens.tolist() == [[0, 5, 6], [0, 0, 0], [7, 8, 9], [0, 0, 0]]
+    assert tokens.reshape(-1)[places].tolist() == [5, 6, 7, 8, 9]
+
+
+def test_rows_of_several_requests_may_alternate() -> None:
+    tokens, places = laid_out(np.array([5, 7, 6]), np.array([1, 0, 1]), 2)
+    assert tokens.tolist() == [[0, 7], [5, 6]]
+    assert places.tolist() == [2, 1, 3]
+
+
+def rows(request: list[int], step: list[int], phase: list[int], position: list[int]) -> Workload:
+    columns: dict[str, Any] = {
+        "request": np.array(request, np.int32),
+        "step": np.array(step, np.int32),
+        "phase": np.array(phase, np.uint8),
+        "position": np.array(position, np.int32),
+        "experts": np.zeros((len(request), 1, 1), np.int16),
+    }
+    return Workload(columns, 2)
+
+
+def test_a_batch_fills_columns_of_its_longest_prompt_and_one_a_step() -> None:
+    work = rows([0, 0, 0, 1, 1, 1, 2], [0, 0, 0, 0, 1, 2, 3], [0, 0, 0, 0, 1, 1, 1], [0] * 7)
+    assert columns_of(work) == 5
+    assert [seats.tolist() for seats in seats_of(work)] == [[0, 0, 0, 1], [1], [1], [0]]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (([0, 0, 1], [0, 1, 1], [0, 1, 0], [0, 1, 0]), "step 1: request 1 joins others"),
+        (([0, 1, 0], [0, 1, 2], [0, 0, 1], [0, 0, 1]), "request 0 goes on after another batch"),
+        (([0, 1, 0, 1], [0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 1, 1]), "run in pieces"),
+        (([0, 1, 1], [0, 0, 0], [0, 1, 1], [0, 4, 5]), "run in pieces"),
+    ],
+)
+def test_batches_that_are_not_static_are_refused(given: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        seats_of(rows(*given))
+
+
+def test_a_batch_that_only_decodes_begins_at_its_first_column(recorded: Recorded) -> None:
+    layers, top_k = len(recorded.ready.modules), recorded.ready.top_k
+    work = recorded.workload
+    steps = [
+        replace(step, begins=(0, 1, 2) if step.index == 1 else step.begins)
+        for step in forced_steps(recorded.inputs, work, recorded.session.vocabulary)[1:3]
+    ]
+    setting = resolve_point(
+        recorded.inputs, point("lru"), expert_bytes=recorded.ready.layout.nbytes
+    )
+    replay = Replay(recorded.session, make_core(recorded.inputs, setting), window=64)
+    measured = replay.run(steps, keep_routing=True)
+    assert len(measured.routing) == 2 * layers
+    assert measured.routing[0].shape == (len(steps[0].token_ids), top_k)
+
+
+# ---------------------------------------------------------------------- the model's own routing
+
+
+@pytest.fixture(scope="module")
+def olmoe(shared: Path) -> Iterator[ReplayModel]:
+    ready = from_checkpoint(shared / "models" / "olmoe-twin", "cpu")
+    yield ready
+    ready.close()
+
+
+def test_its_own_routing_is_nearly_that_of_the_sample(olmoe: ReplayModel) -> None:
+    inputs = Inputs(Trace.open("sample"), max_tokens=56)
+    session = Session.for_workloads(olmoe, inputs.workload("last-use"))
+    found = replay_point(session, inputs, point("lru"), routing=MODEL)
+    # 0.992 was found. It was recorded on a GPU, whose sums round to bfloat16 in another order, and
+    # of experts that the gate values nearly alike another one is chosen now and then.
+    assert found.result["routing_agreement"] > 0.985
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        ("belady", "belady knows the trace's future"),
+        ("next-gate", "next-gate reads the trace's lookahead_1"),
+        ("pregated", "pregated reads the trace's lookahead_1"),
+        ("oracle-prefetch", "knows the trace's future"),
+    ],
+)
+def test_what_goes_by_the_traces_routing_is_refused_beside_another(
+    olmoe: ReplayModel, policy: str, said: str
+) -> None:
+    inputs = Inputs(Trace.open("sample"), max_tokens=52)
+    session = Session.for_workloads(olmoe, inputs.workload("last-use"))
+    with pytest.raises(UserError, match=said):
+        replay_point(session, inputs, point(policy), routing=MODEL)
+
+
+def test_the_command_runs_the_models_own_routing(shared: Path) -> None:
+    model = str(shared / "models" / "olmoe-twin")
+    options = "--trace sample --policy lru --hardware h200-pcie5 --max-tokens 50 --window 64"
+    command = ["replay", "--model", model, *options.split(), "--expert-budget", "25%"]
+    command += ["--device", "cpu", "--routing", "model", "--json"]
+    result = json.loads(CliRunner().invoke(cli.app, command).stdout)
+    assert (result["routing"], result["batch"]) == ("model", 1)
+    assert 0.9 < result["routing_agreement"] <= 1
+
+
+def test_another_routing_is_one_line() -> None:
+    base = "replay --geometry olmoe-1b-7b --trace sample --policy lru --hardware h200-pcie5"
+    command = [*base.split(), "--expert-budget", "25%", "--routing", "random"]
+    told = CliRunner().invoke(cli.app, command)
+    assert isinstance(told.exception, UserError)
+    assert str(told.exception) == "--routing random: choose trace or model"
+
+
+def test_a_session_of_fewer_lines_is_refused(recorded: Recorded) -> None:
+    with pytest.raises(UserError, match="3 requests in a step, the session 1"):
+        replay_point(Session(recorded.ready, 32), recorded.inputs, point("lru"))
+
+
+def test_requests_that_prefill_apart_and_decode_together_are_refused(
+    olmoe: ReplayModel, tmp_path: Path
+) -> None:
+    trace = make_trace(tmp_path / "batches", layers=16, experts=64, top_k=8, requests=2, batch=2)
+    with pytest.raises(UserError, match="request 0 goes on after another batch began"):
+        replay_point(Session(olmoe, 32), Inputs(trace), point("lru"))
