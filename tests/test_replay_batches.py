@@ -17,6 +17,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 import cli  # noqa: E402
 from configs.errors import UserError  # noqa: E402
+from policies.interface import Shape  # noqa: E402
 from replay.batches import columns_of, laid_out, seats_of  # noqa: E402
 from replay.model import ReplayModel, from_checkpoint  # noqa: E402
 from replay.play import Measured, Replay, Session  # noqa: E402
@@ -256,6 +257,37 @@ def test_a_batch_that_only_decodes_begins_at_its_first_column(recorded: Recorded
     measured = replay.run(steps, keep_routing=True)
     assert len(measured.routing) == 2 * layers
     assert measured.routing[0].shape == (len(steps[0].token_ids), top_k)
+
+
+# ---------------------------------------------------------------------- calibration
+
+
+@pytest.mark.parametrize("misses", [0, 1, 4])
+def test_made_up_routing_of_a_batch_misses_what_it_should(recorded: Recorded, misses: int) -> None:
+    from replay.calibrate.model import _core, needed, routing
+
+    shape = resolve_point(
+        recorded.inputs, point("lru"), expert_bytes=recorded.ready.layout.nbytes
+    ).shape
+    distinct = needed(shape, BATCH)
+    assert distinct == BATCH * shape.top_k
+    core = _core(shape, "lru", distinct if misses else shape.experts)
+    steps = list(routing(shape, 4, misses, distinct, rows=BATCH))
+    Replay(recorded.session, core, window=64).run(steps)
+    counts = core.tally.buckets.values()
+    assert sum(each.accesses for each in counts) == 4 * shape.layers * distinct
+    # All of the first step is missed.
+    assert sum(each.misses for each in counts) == shape.layers * (distinct + 3 * misses)
+
+
+def test_a_large_batch_needs_half_of_the_experts() -> None:
+    from replay.calibrate.model import launch_sizes, needed
+
+    shape = Shape(2, 64, 8, (1000, 1000))
+    assert [needed(shape, rows) for rows in (1, 3, 4, 32)] == [8, 24, 32, 32]
+    assert launch_sizes(1, 4) == [1, 2, 3, 4]
+    assert launch_sizes(3, 4) == [1, 2, 4, 8, 12]
+    assert launch_sizes(4, 8) == [1, 2, 4, 8, 16, 32]
 
 
 # ---------------------------------------------------------------------- the model's own routing

@@ -13,14 +13,17 @@ from configs.hardware import load_hardware
 from configs.timings import ModelTimes, render
 
 
-def parse_sizes(text: str, option: str) -> tuple[int, ...]:
-    """Token counts such as 8,64,512. Raises UserError naming the option."""
+def parse_sizes(text: str, option: str, what: str = "tokens", least: int = 2) -> tuple[int, ...]:
+    """Counts such as 8,64,512, going up. Raises UserError naming the option."""
     try:
         sizes = tuple(int(part) for part in text.split(","))
     except ValueError:
         sizes = ()
-    if not sizes or min(sizes) < 2 or max(sizes) > 1_000_000:
-        raise UserError(f"{option} {text}: give token counts of 2 or more, such as 8,64,512")
+    if not sizes or min(sizes) < least or max(sizes) > 1_000_000:
+        example = ",".join(str(least * size) for size in (4, 8, 16))
+        raise UserError(
+            f"{option} {text}: give numbers of {what}, {least} or more, such as {example}"
+        )
     return tuple(sorted(set(sizes)))
 
 
@@ -32,10 +35,12 @@ def calibrate_model(
     prefill_tokens: tuple[int, ...],
     out: Path,
     replace: bool,
+    batches: tuple[int, ...] = (1,),
 ) -> ModelTimes:
     """Measure a geometry's or a checkpoint's times and write them to ``out``.
 
-    ``hardware``: the profile that they go with; its readback time is kept.
+    ``hardware``: the profile that they go with; its readback time is kept. ``batches``: requests
+    at a time, going up; link, predictors and slowdowns are those of the first.
     """
     from replay.calibrate.cuda import CudaRig
     from replay.open import DTYPE, command_line, open_model
@@ -57,14 +62,20 @@ def calibrate_model(
     began = time.monotonic()
     with closing(open_model(model, geometry, "cuda")) as ready:
         print(f"moesim: {time.monotonic() - began:5.0f} s  the model is loaded", file=sys.stderr)
-        session = Session(ready, kv_tokens)
-        # Once to compile and to allocate, once to measure.
-        for _ in range(2):
-            times = model_times(
-                session, profile, name, DTYPE, prefill_tokens, machine, command_line()
-            )
-            took = time.monotonic() - began
-            print(f"moesim: {took:5.0f} s  measured", file=sys.stderr, flush=True)
+        measured = []
+        for batch in batches:
+            session = Session(ready, kv_tokens, batch)
+            # Once to compile and to allocate, once to measure.
+            for _ in range(2):
+                times = model_times(
+                    session, profile, name, DTYPE, prefill_tokens, machine, command_line()
+                )
+                took = time.monotonic() - began
+                print(f"moesim: {took:5.0f} s  measured", file=sys.stderr, flush=True)
+            measured.append(times)
+            del session
+        passes = tuple(each for times in measured for each in times.passes)
+        times = measured[0].model_copy(update={"passes": passes})
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, render(times).encode())
     return times

@@ -58,6 +58,9 @@ def calibrate_command(
     prefill_tokens: Annotated[
         str, typer.Option("--prefill-tokens", help="With a model: prefills to measure.")
     ] = "8,64,512",
+    batch_size: Annotated[
+        str, typer.Option("--batch-size", help="With a model: requests at a time, 1 or 1,4,8.")
+    ] = "1",
 ) -> None:
     """Measure what this machine's GPU, link and host can do, and write its hardware profile.
 
@@ -72,7 +75,9 @@ def calibrate_command(
 
     require_extra("moesim calibrate")
     if geometry is not None or model is not None:
-        _calibrate_model(geometry, model, base, kv_tokens, prefill_tokens, out, only, replace)
+        _calibrate_model(
+            geometry, model, base, kv_tokens, prefill_tokens, out, only, replace, batch_size
+        )
         return
     from replay.calibrate.cuda import CudaRig
     from replay.calibrate.rig import Sizes
@@ -90,6 +95,7 @@ def _calibrate_model(
     out: Path,
     only: str | None,
     replace: bool,
+    batch_size: str,
 ) -> None:
     from replay.calibrate.model_file import calibrate_model, parse_sizes
 
@@ -98,7 +104,8 @@ def _calibrate_model(
     if geometry is not None and model is not None:
         raise UserError("give --geometry NAME or --model DIRECTORY, one of them")
     sizes = parse_sizes(prefill_tokens, "--prefill-tokens")
-    times = calibrate_model(geometry, model, base, kv_tokens, sizes, out, replace)
+    batches = parse_sizes(batch_size, "--batch-size", "requests", 1)
+    times = calibrate_model(geometry, model, base, kv_tokens, sizes, out, replace, batches)
     decode = times.passes[0]
     print(
         f"{out}: {times.geometry} on {times.hardware}: segments {sum(decode.segment_ns) / 1e6:.3f} "
