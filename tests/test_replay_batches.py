@@ -20,7 +20,7 @@ from configs.errors import UserError  # noqa: E402
 from policies.interface import Shape  # noqa: E402
 from replay.batches import columns_of, laid_out, seats_of  # noqa: E402
 from replay.model import ReplayModel, from_checkpoint  # noqa: E402
-from replay.play import Measured, Replay, Session  # noqa: E402
+from replay.play import ForcedStep, Measured, Replay, Session  # noqa: E402
 from replay.point import (  # noqa: E402
     MODEL,
     Replayed,
@@ -33,7 +33,7 @@ from replay.point import (  # noqa: E402
 from sim.inputs import Inputs  # noqa: E402
 from sim.point import Point, make_core, resolve_point  # noqa: E402
 from tests.machines import FlatTiming  # noqa: E402
-from tests.recorded import record_batches  # noqa: E402
+from tests.recorded import plain_logits, record_batches  # noqa: E402
 from tests.traces import make_trace  # noqa: E402
 from tracer.trace import Trace  # noqa: E402
 from tracer.workload import Workload  # noqa: E402
@@ -123,31 +123,9 @@ def test_the_simulator_decides_what_the_device_decided_for_a_batch(recorded: Rec
         assert found.result[name]["mean"] > 0
 
 
-def plain_logits(recorded: Recorded) -> list[torch.Tensor]:
-    """Of transformers' own model on the same padded batches, step by step, request by request."""
-    from transformers import AutoModelForCausalLM
-
-    whole = AutoModelForCausalLM.from_pretrained(recorded.path, dtype=torch.bfloat16).eval()
-    steps = forced_steps(recorded.inputs, recorded.workload, 2**31, MODEL)
-    begins = [index for index, step in enumerate(steps) if step.begins]
-    found = []
-    for first, last in zip(begins, [*begins[1:], len(steps)], strict=True):
-        batch = steps[first:last]
-        parts = [laid_out(step.token_ids, step.seats_or_first, BATCH)[0] for step in batch]
-        tokens = np.concatenate(parts, 1)
-        counts = np.bincount(batch[0].seats_or_first, minlength=BATCH)
-        pads = np.where(counts > 0, counts.max() - counts, 0)
-        columns = np.arange(tokens.shape[1])
-        with torch.inference_mode():
-            logits = whole(
-                torch.from_numpy(tokens),
-                attention_mask=torch.from_numpy((columns >= pads[:, None]).astype(np.int64)),
-                position_ids=torch.from_numpy((columns - pads[:, None]).clip(min=0)),
-            ).logits
-        width = parts[0].shape[1]
-        for index, step in enumerate(batch):
-            found += [logits[line, width - 1 + index].float() for line in step.lines]
-    return found
+def forced(recorded: Recorded) -> list[ForcedStep]:
+    """The trace's text, on which the model routes by itself."""
+    return forced_steps(recorded.inputs, recorded.workload, recorded.session.vocabulary, MODEL)
 
 
 def own_routing(recorded: Recorded, steps: int | None = None) -> Measured:
@@ -155,8 +133,7 @@ def own_routing(recorded: Recorded, steps: int | None = None) -> Measured:
     inputs = recorded.inputs
     setting = resolve_point(inputs, point("lru"), expert_bytes=recorded.ready.layout.nbytes)
     replay = Replay(recorded.session, make_core(inputs, setting), window=64)
-    forced = forced_steps(inputs, recorded.workload, recorded.session.vocabulary, MODEL)
-    return replay.run(forced[:steps], keep_logits=True, keep_routing=True)
+    return replay.run(forced(recorded)[:steps], keep_logits=True, keep_routing=True)
 
 
 def test_logits_are_near_those_of_the_plain_model_on_the_same_padded_batch(
@@ -164,7 +141,7 @@ def test_logits_are_near_those_of_the_plain_model_on_the_same_padded_batch(
 ) -> None:
     measured = own_routing(recorded)
     found = torch.stack(measured.logits)
-    expected = torch.stack(plain_logits(recorded))
+    expected = torch.stack(plain_logits(recorded.path, forced(recorded), BATCH))
     gap = (found - expected).abs()
     # Sums in another order, rounded to bfloat16: 0.19 of 14.5 and 0.23 of 12.8 were found. Padding
     # that is seen changes all of it (below).
@@ -186,7 +163,7 @@ def test_padding_that_is_seen_would_be_noticed(recorded: Recorded) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inputs, "begin", unmasked)
         found = torch.stack(own_routing(recorded, steps=1).logits)
-    expected = torch.stack(plain_logits(recorded)[: len(found)])
+    expected = torch.stack(plain_logits(recorded.path, forced(recorded), BATCH)[: len(found)])
     assert float((found - expected).abs().max()) > 0.1 * float(expected.abs().max())
 
 
