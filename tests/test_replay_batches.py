@@ -267,6 +267,16 @@ def test_a_large_batch_needs_half_of_the_experts() -> None:
     assert launch_sizes(4, 8) == [1, 2, 4, 8, 16, 32]
 
 
+def test_batch_sizes_to_calibrate_are_read_or_refused() -> None:
+    from replay.calibrate.model_file import parse_sizes
+
+    assert parse_sizes("4,1", "--batch-size", "requests", 1) == (1, 4)
+    with pytest.raises(UserError, match="--batch-size 0: give numbers of requests, 1 or more"):
+        parse_sizes("0", "--batch-size", "requests", 1)
+    with pytest.raises(UserError, match="--prefill-tokens 1: give numbers of tokens, 2 or more"):
+        parse_sizes("1", "--prefill-tokens")
+
+
 # ---------------------------------------------------------------------- the model's own routing
 
 
@@ -312,6 +322,16 @@ def test_the_command_runs_the_models_own_routing(shared: Path) -> None:
     result = json.loads(CliRunner().invoke(cli.app, command).stdout)
     assert (result["routing"], result["batch"]) == ("model", 1)
     assert 0.9 < result["routing_agreement"] <= 1
+
+
+def test_the_command_runs_batches(recorded: Recorded) -> None:
+    trace = str(recorded.inputs.trace.path)
+    options = "--policy lru --hardware h200-pcie5 --max-tokens 36 --window 64 --routing model"
+    command = ["replay", "--model", str(recorded.path), "--trace", trace, *options.split()]
+    told = CliRunner().invoke(cli.app, [*command, "--expert-budget", "25%", "--device", "cpu"])
+    assert told.exit_code == 0, told.output
+    assert "batch    3 requests at a time" in told.output
+    assert "routing  the model's own on the trace's text; " in told.output
 
 
 def test_another_routing_is_one_line() -> None:

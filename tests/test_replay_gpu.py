@@ -292,7 +292,7 @@ def test_a_batch_is_calibrated_with_its_own_size(batch_session: Any, batches: An
     decode, prefill = times.passes
     assert (prefill.tokens, prefill.requests) == (32, BATCH)
     assert decode.experts[-1].experts == BATCH * batch_session.ready.top_k
-    assert min(decode.segment_ns) > 0
+    assert sum(decode.segment_ns) > 0
     timing = CalibratedTiming(geometry, hardware, times, batch=BATCH)
     assert timing.segment_ns(1, 3, 3, 80) == decode.segment_ns[1]
     print(decode.host, [each.ns for each in decode.experts])
