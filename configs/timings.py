@@ -7,6 +7,8 @@ A file of `configs/timings/HARDWARE/GEOMETRY.yaml`, or the user's own, written b
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
+from collections.abc import Sequence
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -111,11 +113,67 @@ class LinkTimes(_Strict):
     gap_ns: Ns
 
 
+class GroupTime(_Strict):
+    """Time of the CPU lane for so many ``experts``, of so many assignments each."""
+
+    experts: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    ns: Ns
+
+
+class CpuTimes(_Strict):
+    """The CPU lane: from a group's hand-over until the host knows that it is computed.
+
+    ``threads``: of the process that computes. ``start_ns``: host time of a hand-over, activations
+    brought to the host included. ``combine_ns``: GPU time to fetch and add the result. ``groups``:
+    of one token by experts, and of one expert by tokens. ``slowdown``: by which it takes longer
+    beside copies; ``link_slowdown``: by which copies take longer beside it.
+    """
+
+    threads: int = Field(ge=1)
+    start_ns: Ns
+    combine_ns: Ns
+    groups: tuple[GroupTime, ...] = Field(strict=False, min_length=1)
+    slowdown: Slowdown
+    link_slowdown: Slowdown
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        kinds = [(each.experts, each.tokens) for each in self.groups]
+        if kinds != sorted(set(kinds)):
+            raise ValueError("groups must go up by experts, then tokens, each once")
+        if kinds[0] != (1, 1):
+            raise ValueError("groups lack one expert of one token")
+        if any(min(kind) > 1 for kind in kinds):
+            raise ValueError("groups are of one token or of one expert")
+        return self
+
+    def ns(self, experts: int, assignments: int) -> int:
+        """Of a group: what its experts take for a token each, and each for its further tokens.
+
+        Interpolated; beyond what was measured as between the last two.
+        """
+        by_experts = [(each.experts, each.ns) for each in self.groups if each.tokens == 1]
+        by_tokens = [(each.tokens, each.ns) for each in self.groups if each.experts == 1]
+        more = _along(by_tokens, assignments / experts) - by_tokens[0][1]
+        return max(round(_along(by_experts, experts) + experts * more), 1)
+
+
+def _along(known: Sequence[tuple[int, int]], at: float) -> float:
+    """A line through the nearest two points."""
+    if len(known) == 1:
+        return known[0][1] * at / known[0][0]
+    index = min(bisect_left([size for size, _ in known], at, 1), len(known) - 1)
+    (low, first), (high, last) = known[index - 1], known[index]
+    return first + (at - low) * (last - first) / (high - low)
+
+
 class ModelTimes(_Strict):
     """One model on one machine.
 
     ``machine``: GPU, driver, software; ``source``: the command. ``predictor_ns``: as the hardware
     profile has them, in place of those. ``policies``: by label (name and given parameters).
+    ``cpu``: None: it was not measured, and the hardware profile's figures stand in.
     """
 
     hardware: str = Field(min_length=1)
@@ -130,6 +188,7 @@ class ModelTimes(_Strict):
     """By which a launch of experts takes longer while copies run."""
     predictor_ns: dict[str, Ns] = Field(default_factory=dict)
     policies: dict[str, PolicyTimes] = Field(default_factory=dict)
+    cpu: CpuTimes | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -40,7 +40,7 @@ class SoonestSplit(MissRule):
         self._shape = shape
         self._costs = costs
         self._cache = cache
-        self._with_cpu = with_cpu
+        self.uses_cpu = with_cpu
 
     def bind(self, core: DecisionCore) -> None:
         """Costs of a chunk in each layer."""
@@ -55,8 +55,8 @@ class SoonestSplit(MissRule):
         self._gpu_ns = [costs.gpu_experts_ns(layer, 1, 1) for layer in range(len(parts))]
         self._cpu_ns: dict[tuple[int, int, int], int] = {}
         self._known: dict[tuple[object, ...], tuple[int, float, float]] = {}
-        self._cpu_slower = costs.cpu_slowdown_ppm / _PPM if self._with_cpu else 0.0
-        self._link_slower = costs.link_slowdown_cpu_ppm / _PPM if self._with_cpu else 0.0
+        self._cpu_slower = costs.cpu_slowdown_ppm / _PPM if self.uses_cpu else 0.0
+        self._link_slower = costs.link_slowdown_cpu_ppm / _PPM if self.uses_cpu else 0.0
         self._copy_ns = [chunks * chunk * (1 + self._link_slower) for chunk in self._chunk_ns]
         charge = _GPU_TOLL + _CPU_DUTY * self._cpu_slower
         self._charge_ns = [copy * charge for copy in self._copy_ns]
@@ -69,7 +69,7 @@ class SoonestSplit(MissRule):
     def _first_saved_ns(self) -> float:
         """What a miss costs with link and CPU together, until some have been seen."""
         link = self._copy_ns[0]
-        if not self._with_cpu:
+        if not self.uses_cpu:
             return link
         one, two = (self._on_cpu_ns(0, number, number, True) for number in (1, 2))
         return 1 / (1 / max(two - one, 1.0) + 1 / max(link, 1.0))
@@ -77,7 +77,7 @@ class SoonestSplit(MissRule):
     def on_misses(self, layer: int, misses: Keys, tokens: Mapping[int, int]) -> Collection[int]:
         """Those that are sooner there on the CPU; their queued copies are taken back."""
         left, flying, others = self._under_way(misses)
-        if not self._with_cpu:
+        if not self.uses_cpu:
             self._book_delay((others - _LEFT) * self._chunk_ns[layer] if others else 0.0)
             return ()
         chunks, counts, order = self._ordered(misses, left, tokens)

@@ -106,6 +106,8 @@ class DecisionCore:
         self._has_cpu = policy.miss_rule is not None and (
             type(policy.miss_rule).on_misses is not MissRule.on_misses
         )
+        #: the CPU may have to compute experts
+        self.uses_cpu = self._has_cpu and policy.miss_rule is not None and policy.miss_rule.uses_cpu
         self._takes_late = policy.miss_rule is not None and policy.miss_rule.takes_late
         #: cache rules are told the recorded events, neither routed anew nor shared with the CPU
         self.as_recorded = not (self._lossy or self._has_cpu)

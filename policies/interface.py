@@ -198,6 +198,8 @@ class MissRule:
     #: :meth:`on_misses` is also asked about experts that are queued or under way; what the CPU
     #: takes of those is not waited for, and its copy goes on as any prefetch
     takes_late = False
+    #: False: :meth:`on_misses` leaves nothing to the CPU, as it was set up
+    uses_cpu = True
 
     def bind(self, core: DecisionCore) -> None:
         """Called once, before the first event."""

@@ -13,6 +13,8 @@ from replay.play import ForcedStep, Measured
 from sim.spans import NAMES, Mark, Timeline
 from tracer.workload import Workload
 
+_STALLS = ("stall_late", "stall_miss", "stall_cpu")
+
 Ints = npt.NDArray[np.int64]
 COMPONENTS = tuple(name.replace(" ", "_").lower() for name in NAMES)
 """What the host did, by the kinds of :mod:`sim.spans`."""
@@ -60,14 +62,10 @@ def breakdown(measured: Measured, steps: Sequence[ForcedStep]) -> dict[str, floa
     decode = np.array([not step.prefill for step in steps])
     parts = components(Marks.of(measured), decode)
     if not decode.any():
-        return {**parts, **dict.fromkeys(("stall_late", "stall_miss"))}
+        return {**parts, **dict.fromkeys(_STALLS)}
     times = measured.times
-    late, miss = np.array(times.stall_late), np.array(times.stall_miss)
-    return {
-        **parts,
-        "stall_late": float(late[decode].mean()) / 1e6,
-        "stall_miss": float(miss[decode].mean()) / 1e6,
-    }
+    stalls = {name: np.array(getattr(times, name), np.int64)[decode] for name in _STALLS}
+    return {**parts, **{name: float(each.mean()) / 1e6 for name, each in stalls.items()}}
 
 
 def particulars(timeline: Timeline, workload: Workload) -> dict[str, Any]:

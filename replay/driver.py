@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from time import perf_counter_ns
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,18 +19,34 @@ from policies.memory import RESIDENT
 from policies.transfers import Copy
 from replay.ledger import Ledger
 from replay.slots import CopyEngine
-from sim.spans import COPY, DECIDE, EXPERTS, GPU, ISSUE, STEP
+from sim.spans import COPY, CPU, DECIDE, EXPERTS, GPU, ISSUE, STEP
 from tracer.workload import distinct
+
+if TYPE_CHECKING:
+    from replay.cpu_lane import CpuLane
 
 Launch = Callable[[Sequence[int]], None]
 Predict = Callable[[Prediction], None]
 
 
+class Rows(NamedTuple):
+    """What the experts of an event get and give.
+
+    ``hidden``: states [rows, H]; ``out`` [rows * k, H]: the experts' outputs; ``ids`` int
+    [rows, k]: the expert of each, -1 in lines of a batch that do not run.
+    """
+
+    hidden: torch.Tensor
+    out: torch.Tensor
+    ids: npt.NDArray[Any]
+
+
 class Driver:
     """Turns gates into launches, and looks after copies and predictions whenever the host waits.
 
-    ``ledger``: what the host did and when. ``stall_late_ns`` and ``stall_miss_ns``: time that the
-    device stood idle because a prefetched or a demanded expert was awaited, so far.
+    ``ledger``: what the host did and when. ``stall_late_ns``, ``stall_miss_ns`` and
+    ``stall_cpu_ns``: time that the device stood idle because a prefetched or a demanded expert, or
+    the CPU's result, was awaited, so far. ``lane``: who computes what the policy leaves to the CPU.
     """
 
     def __init__(self, core: DecisionCore, copies: CopyEngine, touch_order: str) -> None:
@@ -41,7 +57,8 @@ class Driver:
         self._experts = core.shape.experts
         self._previous = -1
         self.ledger = Ledger()
-        self.stall_late_ns = self.stall_miss_ns = 0
+        self.stall_late_ns = self.stall_miss_ns = self.stall_cpu_ns = 0
+        self.lane: CpuLane | None = None
         #: where the ids of every event go, if they are to be kept
         self.routing: list[npt.NDArray[Any]] | None = None
         core.clock_ns = perf_counter_ns
@@ -69,10 +86,11 @@ class Driver:
             self.core.request_end(request)
         self.ledger.mark(STEP, -1)
 
-    def event(self, layer: int, ids: npt.NDArray[Any], launch: Launch) -> None:
-        """The gate of ``layer`` is known: ``ids`` int [rows, k]; calls ``launch(keys)`` by group.
+    def event(self, layer: int, ids: npt.NDArray[Any], launch: Launch, rows: Rows) -> None:
+        """The gate of ``layer`` is known: ``ids`` int [n, k]; calls ``launch(keys)`` by group.
 
-        The device has run everything launched before this gate.
+        The device has run everything launched before this gate. What the CPU computes goes from
+        and to ``rows``, which may have idle lines beside those of ``ids``.
         """
         core, ledger = self.core, self.ledger
         if self.routing is not None:
@@ -90,6 +108,8 @@ class Driver:
             handed = self.copies.chunks
             self.copies.refill()
             ledger.mark(ISSUE, layer, self.copies.chunks - handed)
+            if wave.cpu:
+                self._start_cpu(layer, wave.cpu, rows)
             if wave.order is not None and wave.waiting:
                 self._in_order(layer, wave.order, launch)
             else:
@@ -98,6 +118,8 @@ class Driver:
                     ledger.mark(EXPERTS, layer, len(wave.ready))
                 if wave.waiting:
                     self._as_they_land(layer, wave.waiting, launch)
+            if wave.cpu:
+                self._join_cpu(layer, len(wave.cpu), rows)
             if wave.last:
                 return
             self.wait(layer)
@@ -173,6 +195,32 @@ class Driver:
         now = self.ledger.mark(COPY, layer)
         if waited and idle_from:
             self._book_stall(landed[-1], now - idle_from)
+
+    def _start_cpu(self, layer: int, keys: Sequence[int], rows: Rows) -> None:
+        assert self.lane is not None
+        base = layer * self._experts
+        self.lane.start(layer, [key - base for key in keys], rows.ids, rows.hidden)
+        self.ledger.mark(CPU, layer, len(keys))
+
+    def _join_cpu(self, layer: int, experts: int, rows: Rows) -> None:
+        """Poll until the CPU is done, and launch what adds its result."""
+        lane, dry = self.lane, self._reached
+        assert lane is not None
+        if dry is not None:
+            dry.record()
+        idle_from = perf_counter_ns() if dry is None else 0
+        waited = False
+        self.spin()
+        while not lane.done():
+            waited = True
+            if not idle_from and dry is not None and dry.query():
+                idle_from = perf_counter_ns()
+            self.spin()
+        now = self.ledger.mark(CPU, layer)
+        if waited and idle_from:
+            self.stall_cpu_ns += now - idle_from
+        lane.finish(rows.out)
+        self.ledger.mark(EXPERTS, layer, experts)
 
     def _book_stall(self, copy: Copy, stall_ns: int) -> None:
         if copy.demand:

@@ -18,7 +18,7 @@ import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from policies.core import DecisionCore
-from replay.driver import Driver
+from replay.driver import Driver, Rows
 from replay.slots import POISON, CopyEngine, SlotPool, SlotRaceError
 from replay.store import ExpertStore
 from sim.spans import SEGMENT
@@ -150,7 +150,8 @@ class EagerEngine:
         flat = np.ascontiguousarray(chosen, dtype=np.int64).reshape(-1)
         if self.predictors is not None:
             self.predictors.hidden = hidden
-        self.driver.event(layer, chosen, self._launcher(layer, hidden, flat, out, top_k))
+        launch = self._launcher(layer, hidden, flat, out, top_k)
+        self.driver.event(layer, chosen, launch, Rows(hidden, out, chosen))
         if self._check:
             self.require_finite(out, f"layer {layer}")
         weighted = out * weights.reshape(-1, 1)

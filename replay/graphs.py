@@ -21,7 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from configs.errors import UserError
 from replay.cuda_driver import SmallWrites
-from replay.driver import Driver
+from replay.driver import Driver, Rows
 from replay.kernels import GatedExperts, gated_experts
 from sim.spans import SEGMENT
 
@@ -33,7 +33,7 @@ _MOST_SLOTS = 2**15
 
 @dataclass
 class _Boundary:
-    """What a layer's gate leaves behind, at fixed addresses: inputs and output of its experts."""
+    """What a layer's gate leaves behind, at fixed addresses: inputs and outputs of its experts."""
 
     hidden: torch.Tensor
     ids: torch.Tensor
@@ -69,7 +69,7 @@ class CapturedStep:
         self.graphs: list[torch.cuda.CUDAGraph] = []
         self._pool = torch.cuda.graph_pool_handle()
         self._rows = rows
-        _warm_up(model, self.token, cache, self._named)
+        self._outs = _warm_up(model, self.token, cache, self._named)
         layers = {id(module): layer for layer, module in enumerate(modules)}
 
         def cut(module: Any, hidden: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
@@ -98,8 +98,13 @@ class CapturedStep:
         torch.cuda.current_stream().wait_stream(stream)
 
     def begin(self, positions: torch.Tensor) -> None:
-        """Positions int64 [rows, 1] of the next step; every step goes on by one from there."""
+        """Positions int64 [rows, 1] of the next step; every step goes on by one from there.
+
+        A batch begins: a line that does not run gets zeros from its experts; one that runs no more
+        goes on with what it got last.
+        """
         self._positions.copy_(positions)
+        self._outs.zero_()
 
     def feed(self, tokens: np.ndarray, seats: np.ndarray | None) -> None:
         """The next step's tokens, of the lines ``seats``; idle ones get 0. None: of the one line.
@@ -124,11 +129,12 @@ class CapturedStep:
     ) -> torch.Tensor:
         """The model calls its experts: end this graph, begin the next with their sum."""
         rows, top_k = ids.shape
-        # Allocated while capturing, so the addresses are the graphs' own.
+        # Allocated while capturing, so the addresses are the graphs' own. Not so the outputs: idle
+        # lines' are never written, and the graphs' memory holds what another of their kernels left.
         narrow = ids.to(torch.int32)
         host = torch.empty((rows, top_k), dtype=torch.int32, pin_memory=True)
         host.copy_(narrow, non_blocking=True)
-        out = torch.empty((rows * top_k, hidden.shape[-1]), dtype=hidden.dtype, device=ids.device)
+        out = self._outs[layer]
         self.boundaries.append(_Boundary(hidden, narrow, host.numpy(), out))
         self.graphs[-1].capture_end()
         self._begin()
@@ -172,15 +178,23 @@ def _as_experts(model: Any, function: Any) -> Iterator[None]:
 
 def _warm_up(
     model: Any, token: torch.Tensor, cache: StaticCache, named: dict[str, torch.Tensor]
-) -> None:
-    """The cache's tensors and the libraries' workspaces must be there before the capture."""
+) -> torch.Tensor:
+    """The cache's tensors and the libraries' workspaces must be there before the capture.
+
+    Returns zeros for the outputs of every layer's experts, [layers, rows * k, H].
+    """
+    outs: list[torch.Tensor] = []
 
     def nothing(module: Any, hidden: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
+        ids = (*args, *named.values())[0]
+        outs.append(hidden.new_zeros((ids.numel(), hidden.shape[-1])))
         return torch.zeros_like(hidden)
 
     with _as_experts(model, nothing), torch.inference_mode():
         model(token, past_key_values=cache, use_cache=True, **named)
+        zeros = torch.stack(outs)
     torch.cuda.synchronize()
+    return zeros
 
 
 class GroupLaunches:
@@ -277,18 +291,20 @@ class GraphEngine:
             return np.asarray(self.forced[layer])
         return edge.ids_on_host if self.seats is None else edge.ids_on_host[self.seats]
 
-    def _flat(self, layer: int, ids: np.ndarray) -> list[int]:
-        """Expert of every assignment of the captured step, -1 in idle lines."""
+    def _placed(self, edge: _Boundary, ids: np.ndarray) -> np.ndarray:
+        """Experts of all lines of the captured step, -1 in idle ones."""
         if self.seats is None:
-            return list(ids.reshape(-1).tolist())
-        placed = np.full(self.step.boundaries[layer].ids_on_host.shape, -1, np.int64)
+            return ids
+        placed = np.full(edge.ids_on_host.shape, -1, np.int64)
         placed[self.seats] = ids
-        return list(placed.reshape(-1).tolist())
+        return placed
 
     def _event(self, layer: int, ids: np.ndarray) -> None:
         slot_of = self.driver.core.memory.slot_of
         base = layer * self._experts
-        flat = self._flat(layer, ids)
+        edge = self.step.boundaries[layer]
+        placed = self._placed(edge, ids)
+        flat = placed.reshape(-1).tolist()
         group = 0
 
         def launch(keys: Sequence[int]) -> None:
@@ -298,7 +314,7 @@ class GraphEngine:
             self._launches.launch(layer, group, slots)
             group += 1
 
-        self.driver.event(layer, ids, launch)
+        self.driver.event(layer, ids, launch, Rows(edge.hidden, edge.out, placed))
 
 
 def require_kernels(modules: Sequence[Any], views: dict[str, torch.Tensor]) -> list[GatedExperts]:

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from transformers.integrations.moe import _default_apply_gate
 
-SILU, CLAMPED_GLU = 0, 1
+from replay.gated import form_of
+
 TILE_ROWS = (16, 32, 64)
 TILE_COLUMNS, TILE_DEPTH = 64, 64
 TILE_FIELDS = tl.constexpr(4)
@@ -44,15 +44,17 @@ class Block:
 
 
 DECODE_BLOCKS = {
-    False: (Block(8, 512), Block(8, 512)),
-    True: (Block(64, 32), Block(64, 32)),
+    False: (Block(8, 512, defer=True), Block(4, 512)),
+    True: (Block(16, 64, warps=8, defer=True, paired=True), Block(32, 64, warps=8, defer=True)),
 }
-"""Of :func:`_up` and :func:`_down`, by whether weights are transposed: [in, out]."""
+"""Of :func:`_up` and :func:`_down`, by whether weights are transposed: [in, out].
+
+Chosen on an H200 among some 80 (docs/decisions.md has the times)."""
 
 
 @triton.jit
 def _activated(gate, up, biases, up_offset, known, act, HAS_BIAS: tl.constexpr, KIND: tl.constexpr):
-    """Activation of two projections; ``biases`` (of the gate) and ``known`` broadcast with them."""
+    """Activation of projections [..., n]; their biases, where known, lie from ``biases`` on."""
     if HAS_BIAS:
         gate += tl.load(biases, mask=known, other=0.0).to(tl.float32)
         up += tl.load(biases + up_offset, mask=known, other=0.0).to(tl.float32)
@@ -240,8 +242,8 @@ def _up_tiles(
         both = known[:, None] & inside[None, :]
         gate = tl.dot(x, tl.load(at, mask=both, other=0.0), gate)
         up = tl.dot(x, tl.load(at + up_offset * row_stride, mask=both, other=0.0), up)
-    biases = (bias + slot * bias_stride + gate_row)[None, :]
-    value = _activated(gate, up, biases, up_offset, inside[None, :], act, HAS_BIAS, KIND)
+    biases = bias + slot * bias_stride + gate_row
+    value = _activated(gate, up, biases, up_offset, inside, act, HAS_BIAS, KIND)
     target = act + which[:, None] * inner + n[None, :]
     tl.store(target, value, mask=there[:, None] & inside[None, :])
 
@@ -417,18 +419,12 @@ def _strides(weight: torch.Tensor, transposed: bool) -> tuple[int, int]:
 
 def gated_experts(module: Any, views: dict[str, torch.Tensor]) -> GatedExperts | None:
     """The kernel's description of an experts module of transformers; None: another kind."""
-    if not {"gate_up_proj", "down_proj"} <= views.keys() or not module.has_gate:
+    form = form_of(module, views)
+    if form is None:
         return None
-    clamped = type(module).__name__ == "GptOssExperts"
-    default_gate = type(module)._apply_gate is _default_apply_gate
-    silu = type(getattr(module, "act_fn", None)).__name__ in ("SiLUActivation", "SiLU")
-    if not clamped and not (default_gate and silu and module.is_concatenated):
-        return None
-    if clamped and (module.limit, module.alpha) != (7.0, 1.702):
-        return None
-    transposed = bool(module.is_transposed)
     down = views["down_proj"]
-    inner, width = (down.shape[1], down.shape[2]) if transposed else (down.shape[2], down.shape[1])
+    rows, columns = down.shape[1:]
+    inner, width = (rows, columns) if form.transposed else (columns, rows)
     return GatedExperts(
         gate_up=views["gate_up_proj"],
         down=down,
@@ -436,7 +432,27 @@ def gated_experts(module: Any, views: dict[str, torch.Tensor]) -> GatedExperts |
         down_bias=views.get("down_proj_bias"),
         width=width,
         inner=inner,
-        transposed=transposed,
-        interleaved=clamped,
-        kind=CLAMPED_GLU if clamped else SILU,
+        transposed=form.transposed,
+        interleaved=form.interleaved,
+        kind=form.kind,
     )
+
+
+@triton.jit
+def _scatter(rows, places, out, width, COLUMNS: tl.constexpr):
+    one = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    there = column < width
+    place = tl.load(places + one).to(tl.int64)
+    row = tl.load(rows + one * width + column, mask=there)
+    tl.store(out + place * width + column, row, mask=there)
+
+
+def scatter_rows(rows: torch.Tensor, places: torch.Tensor, out: torch.Tensor, count: int) -> None:
+    """``out[places[i]] = rows[i]`` for the first ``count``: rows [n, H], places int32, out [m, H].
+
+    ``rows`` and ``places`` lie in pinned memory and are read from there: a copy would queue up
+    behind the experts that are being copied.
+    """
+    width, columns = rows.shape[1], 512
+    _scatter[(count, triton.cdiv(width, columns))](rows, places, out, width, COLUMNS=columns)

@@ -7,6 +7,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from sim.spans import STEP, ChunkSpan
 from tracer.workload import Workload
 
 if TYPE_CHECKING:
+    from replay.cpu_lane import CpuLane
     from replay.graphs import CapturedStep, GraphEngine
     from replay.predictors import Predictors
 
@@ -99,19 +101,57 @@ class Session:
 
     ``kv_capacity``: tokens of a line of the static KV cache, the longest request (of a batch
     :func:`replay.batches.columns_of`). ``rows``: lines of the batch that every step computes;
-    those of a smaller batch, or of requests that have ended, are idle.
+    those of a smaller batch, or of requests that have ended, are idle. ``most_tokens``: of a step
+    that leaves experts to the CPU; None: as many as the cache takes. ``cpu_threads``: for those
+    experts; None: the physical cores less two. To be closed: a process computes them, from the
+    first policy on that needs it.
     """
 
-    def __init__(self, ready: ReplayModel, kv_capacity: int, rows: int = 1) -> None:
+    def __init__(
+        self,
+        ready: ReplayModel,
+        kv_capacity: int,
+        *,
+        rows: int = 1,
+        most_tokens: int | None = None,
+        cpu_threads: int | None = None,
+    ) -> None:
         self.ready = ready
         self.device = next(ready.model.parameters()).device
         self.cache = static_cache(ready.model.config, kv_capacity)
         self.kv_capacity = kv_capacity
         self.rows = rows
+        self.most_tokens = most_tokens or rows * kv_capacity
         # Without padding the model's own causal path runs.
         self.batch = BatchInputs(rows, kv_capacity, self.device) if rows > 1 else None
         self._captured: CapturedStep | None = None
         self._predictors: Predictors | None = None
+        self._cpu_threads = cpu_threads
+        self._lane: CpuLane | None = None
+        #: what starting the process for the CPU's experts took
+        self.lane_start_s = 0.0
+
+    def close(self) -> None:
+        """End the process that computes experts on the CPU, if there is one."""
+        if self._lane is not None:
+            self._lane.close()
+            self._lane = None
+
+    @property
+    def has_lane(self) -> bool:
+        """Whether a policy has needed the CPU so far."""
+        return self._lane is not None
+
+    def lane(self) -> CpuLane:
+        """Who computes experts on the CPU; started when first asked for."""
+        from replay.cpu_lane import CpuLane, default_threads
+
+        if self._lane is None:
+            threads = self._cpu_threads or default_threads()
+            began = perf_counter()
+            self._lane = CpuLane(self.ready, self.most_tokens, threads)
+            self.lane_start_s = perf_counter() - began
+        return self._lane
 
     @property
     def vocabulary(self) -> int:
@@ -119,15 +159,29 @@ class Session:
         return int(self.ready.model.config.get_text_config().vocab_size)
 
     @classmethod
-    def for_workloads(cls, ready: ReplayModel, *workloads: Workload, at_least: int = 1) -> Session:
+    def for_workloads(
+        cls,
+        ready: ReplayModel,
+        *workloads: Workload,
+        at_least: int = 1,
+        cpu_threads: int | None = None,
+    ) -> Session:
         """Of a size that these fit in; ``at_least``: KV capacity.
 
         Raises UserError for batches whose requests do not begin together.
         """
         for workload in workloads:
             seats_of(workload)
-        columns = max([at_least, *map(columns_of, workloads)])
-        return cls(ready, columns, max(workload.max_batch for workload in workloads))
+        rows = max(workload.max_batch for workload in workloads)
+        longest = max(step.tokens for workload in workloads for step in workload.steps())
+        return cls(
+            ready,
+            max([at_least, *map(columns_of, workloads)]),
+            rows=rows,
+            # A captured step hands over all its lines.
+            most_tokens=max(longest, rows),
+            cpu_threads=cpu_threads,
+        )
 
     def begin(self, step: ForcedStep) -> None:
         """New requests: nothing is left of those before."""
@@ -202,6 +256,8 @@ class Replay:
             link_scale=link_scale,
             check=check,
         )
+        if core.uses_cpu:
+            self.eager.driver.lane = session.lane()
         self._graphs = self._graph_engine() if session.device.type == "cuda" else None
         if self._graphs is not None and core.policy.prefetcher is not None:
             self.eager.predictors = session.predictors()
@@ -224,7 +280,7 @@ class Replay:
         with _no_collection(), _drained(copies):
             for step in steps:
                 began = driver.ledger.mark(STEP, -1)
-                late, miss = driver.stall_late_ns, driver.stall_miss_ns
+                before = driver.stall_late_ns, driver.stall_miss_ns, driver.stall_cpu_ns
                 if step.begins:
                     self._session.begin(step)
                 greedy = self._prefill if step.prefill or self._graphs is None else self._decode
@@ -236,8 +292,9 @@ class Replay:
                     measured.tokens.append(int(chosen[line]))
                     if keep_logits:
                         measured.logits.append(logits[line].float().cpu())
-                times.stall_late.append(driver.stall_late_ns - late)
-                times.stall_miss.append(driver.stall_miss_ns - miss)
+                times.stall_late.append(driver.stall_late_ns - before[0])
+                times.stall_miss.append(driver.stall_miss_ns - before[1])
+                times.stall_cpu.append(driver.stall_cpu_ns - before[2])
         measured.chunks, measured.copied_bytes = copies.chunks, copies.nbytes
         measured.marks = driver.ledger.marks
         measured.chunks_on_link = copies.spans

@@ -112,17 +112,17 @@ def replay_point(
     can mend.
     """
     setting = resolve_point(inputs, point, expert_bytes=session.ready.layout.nbytes)
-    _require_same_shape(session, setting)
+    if not setting.info.lossless:
+        raise UserError(
+            f"{point.policy} changes the routing: the replay engine runs lossless policies only; "
+            "moesim quality shows what it does to a model"
+        )
     if routing == MODEL:
         refuse_recorded(setting.info, setting.params)
     core = make_core(inputs, setting, log=[])
-    if core.policy.miss_rule is not None:
-        raise UserError(
-            f"{point.policy} does not copy every miss (it computes some on the CPU, or changes the "
-            "routing): the replay engine cannot run it yet"
-        )
     workload = setting.workload
     steps = forced_steps(inputs, workload, session.vocabulary, routing)
+    _require_same_shape(session, setting)
     if workload.max_batch > session.rows:
         raise UserError(
             f"the trace has {workload.max_batch} requests in a step, the session {session.rows}: "
@@ -142,6 +142,7 @@ def replay_point(
     result["breakdown_ms"] = breakdown(measured, steps)
     result["peak_memory_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
     result["copied_bytes_measured"] = measured.copied_bytes
+    result["cpu_threads"] = session.lane().threads if core.uses_cpu else None
     return Replayed(setting, core, measured, result)
 
 
@@ -174,7 +175,7 @@ def _metrics(setting: Setting, core: DecisionCore, measured: Measured) -> dict[s
     times = measured.times
     # What the device did in between is told by the ledger.
     nothing = [0] * len(times.end)
-    times.segments, times.experts, times.stall_cpu = nothing, nothing, nothing
+    times.segments, times.experts = nothing, nothing
     metrics = collect(setting.workload, times, core.tally, 0)
     del metrics["link_busy_share"]
     return metrics

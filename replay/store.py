@@ -1,7 +1,8 @@
 """All experts in host memory: one buffer, registered for the GPU's copy engine where there is one.
 
 PyTorch's pinned allocator rounds every block up to a power of two (23 GB become 45): one large
-buffer is registered with CUDA instead, which copies as fast.
+buffer is registered with CUDA instead, which copies as fast. Other processes can map it, so that
+the one that computes experts on the CPU (:mod:`replay.cpu_lane`) reads them where they lie.
 """
 
 from __future__ import annotations
@@ -10,12 +11,8 @@ from collections.abc import Callable
 
 import torch
 
-from configs.errors import UserError
-from configs.units import format_bytes
 from replay.layout import ExpertLayout
-from replay.memory import require_host_memory
-
-_MEND = "close other programs, or choose a smaller model or precision"
+from replay.shared_memory import SharedMemory
 
 Reader = Callable[[int, int], dict[str, torch.Tensor]]
 
@@ -33,36 +30,24 @@ class ExpertStore:
         self.layers = layers
         self.experts = experts
         size = layers * experts * layout.nbytes
-        require_host_memory(size, f"{layers * experts} experts", _MEND)
-        try:
-            self.memory = torch.empty((layers, experts, layout.nbytes), dtype=torch.uint8)
-        except RuntimeError as error:
-            raise UserError(
-                f"the host cannot give {format_bytes(size)} for {layers * experts} experts: {_MEND}"
-            ) from error
-        self._registered = False
+        self._shared = SharedMemory(size, f"{layers * experts} experts")
+        self.memory = self._shared.bytes.view(layers, experts, layout.nbytes)
         if register:
             self.register()
 
+    @property
+    def file(self) -> int | None:
+        """What another process maps; None where it cannot."""
+        return self._shared.file
+
     def register(self) -> None:
         """Pin the buffer for the copy engine."""
-        size = self.memory.numel()
-        status = torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), size, 0)
-        if int(status) != 0:
-            raise UserError(
-                f"CUDA cannot pin {format_bytes(size)} of host memory (error {int(status)}): raise "
-                "the limit on locked memory, or choose a smaller model"
-            )
-        self._registered = True
+        self._shared.pin()
 
     def close(self) -> None:
         """Release the memory."""
-        if self._registered:
-            # A run that broke off may have left copies under way.
-            torch.cuda.synchronize()
-            torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr())
-            self._registered = False
         self.memory = torch.empty(0, dtype=torch.uint8)
+        self._shared.close()
 
     def expert(self, layer: int, expert: int) -> torch.Tensor:
         """Bytes of one expert: uint8 [nbytes]."""

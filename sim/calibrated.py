@@ -25,8 +25,9 @@ class CalibratedTiming(RooflineTiming):
     Between the measured sizes of a batch and of a prefill, and between KV capacities, times are
     interpolated; beyond them the nearest prefill and capacity hold, the experts' in proportion to
     the tokens. A decode step whose batch has thinned out takes as long as a full one: the engine
-    computes all its lines. CPU work is the hardware profile's. ``link_bytes_per_s``: another link
-    than the measured one. Raises UserError for a batch beyond those that were measured.
+    computes all its lines. CPU work is the hardware profile's where it was not measured.
+    ``link_bytes_per_s``: another link than the measured one. Raises UserError for a batch beyond
+    those that were measured.
     """
 
     provenance = "calibrated"
@@ -55,6 +56,7 @@ class CalibratedTiming(RooflineTiming):
         # A launch of a decode step of one request assigns one token to each expert.
         self._most_decoded = batch * geometry.top_k if batch > 1 else 0
         self._hosts: dict[int, HostCosts] = {}
+        self._cpu = times.cpu
         self.host = self.host_for(1)
         self.link = LinkCosts(
             bytes_per_s=link_bytes_per_s or times.link.bytes_per_s,
@@ -64,6 +66,9 @@ class CalibratedTiming(RooflineTiming):
         self.segment_slowdown_ppm = round(times.segment_slowdown * _PPM)
         self._beside_ns = times.experts_beside_ns
         self.experts_slowdown_ppm = self.experts_ppm(1)
+        if times.cpu is not None:
+            self.cpu_slowdown_ppm = round(times.cpu.slowdown * _PPM)
+            self.link_slowdown_cpu_ppm = round(times.cpu.link_slowdown * _PPM)
 
     def host_for(self, tokens: int, requests: int = 1) -> HostCosts:
         """Host costs of a pass of so many tokens of so many requests."""
@@ -76,6 +81,8 @@ class CalibratedTiming(RooflineTiming):
     def _host_for(self, tokens: int) -> HostCosts:
         plain = _mixed(self._step())
         costs = _mixed(self._between(tokens))
+        if self._cpu is not None:
+            costs = replace(costs, cpu_start_ns=self._cpu.start_ns)
         return costs if self._own is None else _with_policy(costs, self._own, plain)
 
     def segment_ns(self, layer: int, tokens: int, requests: int, kv_tokens: int) -> int:
@@ -103,8 +110,16 @@ class CalibratedTiming(RooflineTiming):
         """Of a decode step."""
         return _mean(self._step(), lambda each: each.head_ns)
 
+    def cpu_experts_ns(self, layer: int, experts: int, assignments: int) -> int:
+        """The lane's, from the hand-over; every layer alike."""
+        if self._cpu is None:
+            return super().cpu_experts_ns(layer, experts, assignments)
+        return self._cpu.ns(experts, assignments)
+
     def combine_ns(self) -> int:
-        """As one expert's launch."""
+        """As one expert's launch where it was not measured."""
+        if self._cpu is not None:
+            return self._cpu.combine_ns
         return _mean(self._step(), lambda each: each.experts_ns(1))
 
     def _step(self, kv_tokens: int = 0) -> Weighted:

@@ -235,6 +235,7 @@ class Machine:
         now = link.refill(now)
         cpu_end = 0
         if wave.cpu:
+            now += self._costs.cpu_start_ns
             self._catch_up(now)
             cpu_end = self._start_cpu(layer, wave, tokens, now)
         if wave.order is not None and wave.waiting:

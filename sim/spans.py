@@ -23,7 +23,8 @@ NAMES = (
 )
 """Of the kinds. STEP: everything between steps' layers; SEGMENT: a segment or the head is launched;
 GPU: polled until the device has run everything; DECIDE: a gate event or its next wave; ISSUE: the
-window is refilled; EXPERTS: a group is launched; COPY and CPU: polled until there is something."""
+window is refilled; EXPERTS: a group, or what adds the CPU's, is launched; COPY: polled until there
+is something; CPU: a group is handed to the CPU, or polled until it is computed."""
 
 KERNELS = ("segment", "experts", "head")
 """Names of :mod:`sim.gpu`'s kinds."""

@@ -22,6 +22,7 @@ class HostCosts:
 
     ``launch_each_ns``: more for each expert of a launch beyond the first. ``awaited_ns``: more for
     each expert that a wave awaits. ``landing_ns``: from an awaited landing until the host goes on.
+    ``cpu_start_ns``: to hand a group to the CPU.
     """
 
     segment_launch_ns: int
@@ -33,6 +34,7 @@ class HostCosts:
     launch_each_ns: int = 0
     awaited_ns: int = 0
     landing_ns: int = 0
+    cpu_start_ns: int = 0
 
     def gate_ns(self, awaited: int) -> int:
         """Of a decision about a wave that awaits so many experts."""

@@ -123,10 +123,16 @@ class TracedMachine(Machine):
         self._mark(end, COPY, self.core.layer)
         return end
 
+    def _start_cpu(self, layer: int, wave: Wave, tokens: dict[int, int] | None, now: int) -> int:
+        self._until(now - self._costs.cpu_start_ns, layer)
+        self._mark(now, CPU, layer, len(wave.cpu))
+        return super()._start_cpu(layer, wave, tokens, now)
+
     def _join_cpu(self, cpu_end: int, now: int) -> int:
         self._until(now, self.core.layer)
         end = super()._join_cpu(cpu_end, now)
-        self._mark(end, CPU, self.core.layer)
+        self._mark(end - self._costs.experts_launch_ns, CPU, self.core.layer)
+        self._mark(end, EXPERTS, self.core.layer)
         return end
 
     def _until(self, now: int, layer: int) -> None:

@@ -44,7 +44,7 @@ _REHEARSAL = {"hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size
 def candidates(kernel: GatedExperts, first: bool) -> list[Block]:
     """What is tried, today's choice first. ``first``: of the first product."""
     today = DECODE_BLOCKS[kernel.transposed][0 if first else 1]
-    rows, columns = ((16, 32, 64), (16, 32, 64)) if kernel.transposed else _ALONG_INPUTS
+    rows, columns = ((16, 32, 64), (16, 32, 64, 128)) if kernel.transposed else _ALONG_INPUTS
     tried = [today, *(Block(*size) for size in product(rows, columns, (4,)))]
     tried += [Block(*size, defer=True) for size in product(rows, columns, (4, 8))]
     if first and kernel.interleaved:

@@ -13,7 +13,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from replay.kernels import CLAMPED_GLU, SILU, Block, GatedExperts  # noqa: E402
+from replay.gated import CLAMPED_GLU, SILU  # noqa: E402
+from replay.kernels import Block, GatedExperts, scatter_rows  # noqa: E402
 from replay.tiles import TILE_ROWS  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -109,3 +110,14 @@ def test_tiles_give_the_plain_products(experts: GatedExperts, rows: int, tokens:
         wanted = expected(experts, hidden[row // TOP_K], SLOT_OF[expert])
         # On a GPU products of float32 in tiles are of TF32's precision.
         torch.testing.assert_close(out[row], wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_rows_are_scattered_to_their_places() -> None:
+    rows, places = torch.randn(6, 700), torch.tensor([3, 0, 7, 1, 2, 9], dtype=torch.int32)
+    out = torch.zeros(10, 700, device=DEVICE)
+    expected = torch.zeros(10, 700)
+    expected[places[:4].long()] = rows[:4]
+    if not INTERPRETED:
+        rows, places = rows.pin_memory(), places.pin_memory()
+    scatter_rows(rows, places, out, 4)
+    assert torch.equal(out.cpu(), expected)

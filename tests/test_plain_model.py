@@ -343,11 +343,13 @@ TIMINGS = {
     "delayed-slowdown": replace(SLOW, predictor_ns=DELAYED),
     "slow-host": OddTiming(HostCosts(9, 8, 5, 13, 10, 41), predictor_ns=DELAYED),
     "by-size": OddTiming(
-        replace(HOST, launch_each_ns=2, awaited_ns=3, landing_ns=4),
+        replace(HOST, launch_each_ns=2, awaited_ns=3, landing_ns=4, cpu_start_ns=5),
         predictor_ns=DELAYED,
         experts_slowdown_ppm=90_000,
         ppm_each=170_000,
-        many_tokens=HostCosts(9, 8, 5, 13, 10, 41, launch_each_ns=1, awaited_ns=2, landing_ns=6),
+        many_tokens=HostCosts(
+            9, 8, 5, 13, 10, 41, launch_each_ns=1, awaited_ns=2, landing_ns=6, cpu_start_ns=7
+        ),
     ),
     "fast-gpu": OddTiming(HostCosts(1, 1, 1, 1, 1, 1), segment=1, experts=1, predictor_ns=DELAYED),
 }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,10 +32,13 @@ from replay.point import (  # noqa: E402
     predict_point,
     replay_point,
 )
+from replay.slots import SlotRaceError  # noqa: E402
 from sim.inputs import Inputs  # noqa: E402
 from sim.point import Point, make_core, resolve_point  # noqa: E402
 from tests.machines import FlatTiming  # noqa: E402
 from tests.recorded import plain_logits, record_batches  # noqa: E402
+from tests.test_replay import make_core as lru_core  # noqa: E402
+from tests.test_replay_safe import SaysOneEarly, SlowCopies  # noqa: E402
 from tests.traces import make_trace  # noqa: E402
 from tracer.trace import Trace  # noqa: E402
 from tracer.workload import Workload  # noqa: E402
@@ -66,7 +71,9 @@ def recorded(
         )
     ready = from_checkpoint(path, "cpu")
     inputs = Inputs(trace)
-    yield Recorded(path, ready, inputs, Session.for_workloads(ready, inputs.workload("last-use")))
+    session = Session.for_workloads(ready, inputs.workload("last-use"), cpu_threads=1)
+    yield Recorded(path, ready, inputs, session)
+    session.close()
     ready.close()
 
 
@@ -121,6 +128,96 @@ def test_the_simulator_decides_what_the_device_decided_for_a_batch(recorded: Rec
     assert found.result["tokens"] == simulated.result["tokens"]
     for name in ("ttft_ms", "tpot_ms"):
         assert found.result[name]["mean"] > 0
+
+
+# ---------------------------------------------------------------------- experts on the CPU
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the lane needs Linux")
+@pytest.mark.parametrize("policy", ["fiddler", "hybrid-split", "auto"])
+def test_a_batch_says_the_same_whoever_computes(
+    recorded: Recorded, resident: Replayed, policy: str
+) -> None:
+    inputs = Inputs(recorded.inputs.trace, fit_requests=(3, 4))
+    found = replay_point(recorded.session, inputs, point(policy))
+    count = requests_run(inputs.workload("last-use"))
+    assert found.measured.tokens == resident.measured.tokens[:count]
+    phases = [found.result[phase] for phase in ("decode", "prefill")]
+    assert sum(phase["cpu"] for phase in phases) > 0
+    if policy == "auto":
+        return
+    nbytes = recorded.ready.layout.nbytes
+    simulated = predict_point(inputs, point(policy), FlatTiming(), expert_bytes=nbytes)
+    assert found.log == decisions(simulated.core)
+    assert found.core.tally == simulated.core.tally
+
+
+def test_the_lane_has_room_for_the_longest_step(recorded: Recorded) -> None:
+    prompts = [step.tokens for step in recorded.workload.steps() if step.begins]
+    assert recorded.session.most_tokens == max(prompts)
+    assert recorded.session.most_tokens < BATCH * recorded.session.kv_capacity
+
+
+# ---------------------------------------------------------------------- slots in the making
+
+
+@pytest.mark.parametrize("copies", [SlowCopies, SaysOneEarly])
+def test_a_race_is_caught_in_a_batch_and_idle_lines_are_none(
+    recorded: Recorded, resident: Replayed, copies: type[SlowCopies]
+) -> None:
+    workload = recorded.workload
+    steps = forced_steps(recorded.inputs, workload, recorded.session.vocabulary)
+    assert any(len(step.lines) < BATCH for step in steps)
+    replay = Replay(recorded.session, lru_core(recorded.ready, "lru", 0.25, chunks=1), check=True)
+    replay.eager.copies._copies = copies()  # type: ignore[assignment]
+    if copies is SaysOneEarly:
+        with pytest.raises(SlotRaceError, match="layer 0"):
+            replay.run(steps)
+        return
+    assert replay.run(steps).tokens == resident.measured.tokens
+
+
+# ---------------------------------------------------------------------- captured steps
+
+
+def test_only_the_lines_that_run_have_experts_in_a_captured_step() -> None:
+    """The step's places of a batch of four of which the second and the third have ended."""
+    pytest.importorskip("triton")
+    from replay.driver import Rows
+    from replay.graphs import GraphEngine, _Boundary
+
+    edge = _Boundary(
+        torch.zeros((4, 2)), torch.zeros((4, 2)), np.full((4, 2), 9, np.int32), torch.zeros((8, 2))
+    )
+    named: list[list[int]] = []
+    told: list[tuple[list[list[int]], Rows]] = []
+
+    def event(layer: int, ids: Any, launch: Any, rows: Rows) -> None:
+        told.append((ids.tolist(), rows))
+        launch([10 + 5, 10 + 6])
+        launch([10 + 7])
+
+    core = SimpleNamespace(
+        shape=SimpleNamespace(experts=10),
+        memory=SimpleNamespace(slot_of={15: 0, 16: 1, 17: 2}),
+    )
+    engine = GraphEngine(
+        SimpleNamespace(core=core, event=event),  # type: ignore[arg-type]
+        SimpleNamespace(boundaries=[edge, edge]),  # type: ignore[arg-type]
+        SimpleNamespace(launch=lambda layer, group, slots: named.append(slots)),  # type: ignore[arg-type]
+    )
+    engine.seats = np.array([3, 0])
+    engine._event(1, np.array([[5, 6], [7, 5]]))
+    assert named == [[-1, 0, -1, -1, -1, -1, 0, 1], [2, -1, -1, -1, -1, -1, -1, -1]]
+    ((seen, rows),) = told
+    assert seen == [[5, 6], [7, 5]]
+    assert rows.ids.tolist() == [[7, 5], [-1, -1], [-1, -1], [5, 6]]
+    assert (rows.hidden is edge.hidden, rows.out is edge.out) == (True, True)
+    edge.ids_on_host[:] = [[7, 5], [0, 0], [0, 0], [5, 6]]
+    assert engine._chosen(1, edge).tolist() == seen
+
+
+# ---------------------------------------------------------------------- the model's own experts
 
 
 def forced(recorded: Recorded) -> list[ForcedStep]:

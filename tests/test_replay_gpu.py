@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ BUDGETS = ("12.5%", "25%", "50%")
 
 
 def lossless_on_gpu() -> list[str]:
-    """Causal or not: all that copy every miss, and change nothing."""
+    """Causal or not, with the CPU or without: all that change nothing."""
     found = []
     for name in policies.names():
         info = policies.get(name)
-        if info.lossless and not info.needs_all and name not in ("auto", "fiddler", "hybrid-split"):
+        if info.lossless and not info.needs_all:
             found.append(name)
     return found
 
@@ -62,7 +63,9 @@ def inputs() -> Any:
 def session(twin: Any, inputs: Any) -> Any:
     from replay.play import Session
 
-    return Session(twin, inputs.workload("last-use").max_context)
+    session = Session(twin, inputs.workload("last-use").max_context)
+    yield session
+    session.close()
 
 
 def run(session: Any, inputs: Any, policy: str, budget: str | None) -> Any:
@@ -169,7 +172,7 @@ def test_a_planted_race_is_caught(
         with pytest.raises(SlotRaceError, match="layer"):
             checked(session, steps)
         decode = [step for step in steps if not step.prefill]
-        session.cache.reset()
+        decode[0] = replace(decode[0], begins=(0,))
         with pytest.raises(SlotRaceError, match="step"):
             checked(session, decode)
     assert checked(session, steps) == resident.measured.tokens[: len(steps)]
@@ -196,6 +199,38 @@ def test_no_gpu_memory_is_told_and_the_session_goes_on(session: Any, inputs: Any
     gc.collect()
     assert torch.cuda.memory_allocated() == before
     assert run(session, inputs, "lru", "50%").measured.tokens
+
+
+def test_the_cpu_lanes_results_reach_their_places_and_its_times_are_told(session: Any) -> None:
+    """Against the same sums on the CPU; then what the simulator asks of the lane."""
+    from replay.calibrate.lane import cpu_times
+    from replay.gated import compute, form_of
+
+    lane, ready = session.lane(), session.ready
+    top_k, rows = ready.top_k, 5
+    ids = np.stack([np.arange(row, row + top_k) for row in range(rows)])
+    hidden = torch.randn((rows, lane.width), device="cuda").to(torch.bfloat16)
+    out = torch.full((rows * top_k, lane.width), float("nan"), device="cuda").to(torch.bfloat16)
+    wanted = [4, 1]
+    lane.start(3, wanted, ids, hidden)
+    while not lane.done():
+        pass
+    lane.finish(out)
+    found = out.cpu()
+    views = ready.layout.views(ready.store.memory[3])
+    form = form_of(ready.modules[0], views)
+    assert form is not None
+    for place, expert in enumerate(ids.reshape(-1).tolist()):
+        if expert not in wanted:
+            assert found[place].isnan().all()
+            continue
+        parts = {name: view[expert] for name, view in views.items()}
+        expected = compute(form, parts, hidden[place // top_k][None].cpu())[0]
+        torch.testing.assert_close(found[place], expected, rtol=0.02, atol=1e-3)
+    times = cpu_times(session, readback_ns=8_000)
+    print(times)
+    assert 0 < times.start_ns < 10**6
+    assert times.ns(top_k, top_k) > times.ns(1, 1) > 0
 
 
 # ---------------------------------------------------------------------- batches
@@ -225,7 +260,9 @@ def batch_session(twin: Any, batches: Any) -> Any:
     from replay.play import Session
 
     # Calibration decodes 60 steps.
-    return Session.for_workloads(twin, batches.workload("last-use"), at_least=80)
+    session = Session.for_workloads(twin, batches.workload("last-use"), at_least=80)
+    yield session
+    session.close()
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +292,63 @@ def test_a_batchs_tokens_are_those_of_the_resident_model(
     )
     assert found.log == decisions(simulated.core)
     assert found.core.tally == simulated.core.tally
+
+
+@pytest.mark.parametrize("policy", ["fiddler", "hybrid-split", "auto"])
+def test_a_batchs_tokens_are_the_same_whoever_computes(
+    batch_session: Any, batches: Any, batch_resident: Any, policy: str
+) -> None:
+    """Lines that have ended are idle: the CPU's results go to those that run."""
+    from replay.point import decisions, predict_point
+    from sim.inputs import Inputs
+    from tests.machines import FlatTiming
+
+    first = Inputs(batches.trace, fit_requests=(4,))
+    found = run(batch_session, first, policy, "25%")
+    tokens = found.measured.tokens
+    assert tokens == batch_resident.measured.tokens[: len(tokens)]
+    assert found.result["decode"]["cpu"] + found.result["prefill"]["cpu"] > 0
+    if policy == "auto":
+        return
+    nbytes = batch_session.ready.layout.nbytes
+    simulated = predict_point(first, found.setting.point, FlatTiming(), expert_bytes=nbytes)
+    assert found.log == decisions(simulated.core)
+    assert found.core.tally == simulated.core.tally
+
+
+def test_idle_lines_are_no_race_and_one_in_a_batch_is_caught(
+    batch_session: Any, batches: Any, batch_resident: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The NaNs that a race leaves behind do not reach the next run, in idle lines neither."""
+    from replay.cuda_driver import CopyStream
+    from replay.point import forced_steps
+    from replay.slots import SlotRaceError
+
+    steps = forced_steps(batches, batches.workload("last-use"), batch_session.vocabulary)
+    assert any(len(step.lines) < BATCH for step in steps)
+    assert checked(batch_session, steps) == batch_resident.measured.tokens
+
+    def landed(self: Any, event: int) -> bool:
+        self._idle.append(event)
+        return True
+
+    second = next(step.index for step in steps[1:] if step.begins)
+    decode = [step for step in steps[:second] if not step.prefill]
+    decode[0] = replace(decode[0], begins=tuple(range(BATCH)))
+    with monkeypatch.context() as planted:
+        planted.setattr(CopyStream, "landed", landed)
+        with pytest.raises(SlotRaceError, match="step"):
+            checked(batch_session, decode)
+    assert checked(batch_session, steps) == batch_resident.measured.tokens
+
+
+def test_a_batchs_lane_is_calibrated_with_its_lines(batch_session: Any) -> None:
+    from replay.calibrate.lane import cpu_times
+
+    times = cpu_times(batch_session, readback_ns=8_000)
+    print(times)
+    assert 0 < times.start_ns < 10**6
+    assert times.combine_ns >= 0
 
 
 def test_a_batchs_logits_are_near_those_of_the_plain_model(

@@ -95,12 +95,8 @@ def test_the_simulator_decides_what_the_device_decided(session: Session, inputs:
 
 
 def test_what_the_engine_cannot_run_is_said(session: Session, inputs: Inputs) -> None:
-    with pytest.raises(UserError, match="fiddler does not copy every miss"):
-        replay_point(
-            session,
-            Inputs(Trace.open("sample"), max_tokens=200, fit_share=0.5),
-            point("fiddler", "25%"),
-        )
+    with pytest.raises(UserError, match="swapmoe changes the routing"):
+        replay_point(session, inputs, point("swapmoe", "25%"))
     with pytest.raises(UserError, match="--link-scale emulates a slower link on CUDA only"):
         replay_point(session, inputs, point("lru", "25%"), link_scale=2.0)
 

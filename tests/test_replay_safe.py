@@ -25,6 +25,7 @@ from safetensors import safe_open  # noqa: E402
 
 import cli  # noqa: E402
 import replay.memory  # noqa: E402
+import replay.open  # noqa: E402
 import replay.slots  # noqa: E402
 from configs.errors import UserError  # noqa: E402
 from policies.errors import BudgetTooSmall  # noqa: E402
@@ -296,6 +297,15 @@ def test_no_memory_is_one_line(shared: Path, capsys: Any, monkeypatch: Any) -> N
     told = fails(words, capsys, monkeypatch)
     assert "1024 experts: needs" in told
     assert "1.00 MiB are free" in told
+
+
+def test_no_memory_is_one_line_of_validate_too(
+    tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(replay.open, "resolve_device", lambda name: "cpu")
+    monkeypatch.setattr(replay.memory, "free_host_bytes", lambda: 2**30)
+    words = ["validate", "olmoe-dev", "--out", str(tmp_path / "out")]
+    assert "1024 experts: needs 12.00 GiB" in fails(words, capsys, monkeypatch)
 
 
 def test_a_budget_too_small_is_one_line(shared: Path, capsys: Any, monkeypatch: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sim.machine import Machine
-from sim.spans import COPY, DECIDE, EXPERTS, GPU, SEGMENT, ChunkSpan, Timeline, chrome_trace
+from sim.spans import COPY, CPU, DECIDE, EXPERTS, GPU, SEGMENT, ChunkSpan, Timeline, chrome_trace
 from sim.timing import HostCosts, LinkCosts
 from sim.traced import TracedMachine
 from tests.test_plain_model import Case, OddTiming, make_columns, make_core, make_shape
@@ -23,7 +23,7 @@ CASES = {
     "batch": Case(batch=3, slots=4, prompt=5),
 }
 TIMING = OddTiming(
-    HostCosts(9, 8, 5, 13, 10, 41, launch_each_ns=2, awaited_ns=3, landing_ns=4),
+    HostCosts(9, 8, 5, 13, 10, 41, launch_each_ns=2, awaited_ns=3, landing_ns=4, cpu_start_ns=5),
     LinkCosts(10**9, startup_ns=3, gap_ns=1),
     experts_slowdown_ppm=300_000,
     predictor_ns={"next_gate": 31},
@@ -51,6 +51,7 @@ def test_the_recorded_model_takes_the_same_time_and_its_spans_add_up(case: Case)
     assert {kind for _, kind, *_ in timeline.marks} >= {SEGMENT, GPU, DECIDE, EXPERTS}
     for one, other in pairwise(timeline.kernels):
         assert one[2] <= other[1]
+    assert (CPU in {kind for _, kind, *_ in timeline.marks}) == (case.policy == "fiddler")
     busy = sum(end - begin for _, begin, end in timeline.kernels)
     assert busy == sum(traced.times.segments) + sum(traced.times.experts)
     for chunk, following in pairwise(timeline.chunks):

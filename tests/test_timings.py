@@ -15,7 +15,9 @@ from configs.errors import UserError
 from configs.geometry import load_geometry
 from configs.hardware import load_hardware
 from configs.timings import (
+    CpuTimes,
     ExpertsTime,
+    GroupTime,
     HostTimes,
     LinkTimes,
     ModelTimes,
@@ -26,6 +28,7 @@ from configs.timings import (
 )
 from sim import simulate
 from sim.calibrated import CalibratedTiming
+from sim.timing import RooflineTiming
 
 HOST = HostTimes(
     step_ns=40_000,
@@ -103,6 +106,70 @@ def test_between_measured_sizes_times_are_interpolated() -> None:
     assert found.provenance == "calibrated"
 
 
+CPU = CpuTimes(
+    threads=14,
+    start_ns=9_000,
+    combine_ns=6_000,
+    groups=tuple(
+        GroupTime(experts=experts, tokens=tokens, ns=ns)
+        for experts, tokens, ns in (
+            (1, 1, 300_000),
+            (1, 2, 310_000),
+            (1, 8, 400_000),
+            (2, 1, 500_000),
+            (8, 1, 1_700_000),
+        )
+    ),
+    slowdown=0.25,
+    link_slowdown=0.1,
+)
+
+
+def test_the_cpu_lane_is_the_profiles_unless_it_was_measured(tmp_path: Path) -> None:
+    hardware, geometry = load_hardware("h200-pcie5"), load_geometry("olmoe-1b-7b")
+    estimated, plain = RooflineTiming(geometry, hardware), timing(model_times())
+    assert plain.cpu_experts_ns(0, 2, 1) == estimated.cpu_experts_ns(0, 2, 1)
+    assert plain.cpu_slowdown_ppm == estimated.cpu_slowdown_ppm
+    assert (plain.host.cpu_start_ns, plain.combine_ns()) == (0, 20_000)
+    times = model_times(cpu=CPU)
+    assert load_timings(written(tmp_path, times)) == times
+    found = timing(times, policy="slow")
+    assert (found.host.cpu_start_ns, found.host_for(64).cpu_start_ns) == (9_000, 9_000)
+    assert found.combine_ns() == 6_000
+    assert (found.cpu_slowdown_ppm, found.link_slowdown_cpu_ppm) == (250_000, 100_000)
+
+
+@pytest.mark.parametrize(
+    ("experts", "assignments", "ns"),
+    [
+        (1, 1, 300_000),
+        (5, 5, 1_100_000),
+        (10, 10, 2_100_000),  # as from two to eight
+        (1, 5, 355_000),
+        (2, 10, 500_000 + 2 * 55_000),
+        (1, 10, 430_000),
+    ],
+)
+def test_a_group_is_its_experts_and_their_further_tokens(
+    experts: int, assignments: int, ns: int
+) -> None:
+    assert CPU.ns(experts, assignments) == ns
+
+
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [
+        ([(1, 2)], "groups lack one expert of one token"),
+        ([(1, 1), (2, 2)], "groups are of one token or of one expert"),
+        ([(2, 1), (1, 1)], "groups must go up"),
+    ],
+)
+def test_groups_that_say_too_little_are_refused(groups: list[tuple[int, int]], said: str) -> None:
+    listed = [{"experts": experts, "tokens": tokens, "ns": 1} for experts, tokens in groups]
+    with pytest.raises(ValueError, match=said):
+        CpuTimes.model_validate({**CPU.model_dump(), "groups": listed})
+
+
 def test_a_prefill_has_host_costs_of_its_own() -> None:
     found = timing(model_times())
     assert found.host_for(1).decision_ns == 9_000
@@ -132,6 +199,18 @@ def test_a_batch_has_times_of_its_own() -> None:
     # By assignments: of 3 experts to 8 tokens.
     assert found.experts_ns(0, 3, 8) == 31_000
     assert found.experts_ns(0, 26, 32) == 124_000
+
+
+def test_a_batch_has_the_lanes_times_too() -> None:
+    own = {"slow": PolicyTimes(decision_ns=59_000, awaited_ns=7, copy_issue_ns=8)}
+    times = batched().model_copy(update={"cpu": CPU, "policies": own})
+    for found in (timing(times, batch=4), timing(times, batch=2, policy="slow")):
+        assert (found.host_for(4, 4).cpu_start_ns, found.host_for(33, 4).cpu_start_ns) == (
+            9_000,
+        ) * 2
+        assert found.cpu_experts_ns(0, 2, 10) == 610_000
+        assert found.combine_ns() == 6_000
+    assert timing(times, batch=4).host_for(4, 4).decision_ns == 21_000
 
 
 def test_between_measured_batches_times_are_interpolated() -> None:

@@ -36,13 +36,18 @@ def calibrate_model(
     out: Path,
     replace: bool,
     batches: tuple[int, ...] = (1,),
+    *,
+    cpu: bool = False,
+    cpu_threads: int | None = None,
 ) -> ModelTimes:
     """Measure a geometry's or a checkpoint's times and write them to ``out``.
 
     ``hardware``: the profile that they go with; its readback time is kept. ``batches``: requests
-    at a time, going up; link, predictors and slowdowns are those of the first.
+    at a time, going up; all but the passes is measured with the first. ``cpu``: experts on the CPU,
+    too, on ``cpu_threads`` (None: as many as `moesim replay` takes).
     """
     from replay.calibrate.cuda import CudaRig
+    from replay.calibrate.lane import cpu_times
     from replay.open import DTYPE, command_line, open_model
     from replay.play import Session
     from replay.validation.machine import model_times
@@ -61,21 +66,30 @@ def calibrate_model(
     name = geometry or Path(str(model)).resolve().name
     began = time.monotonic()
     with closing(open_model(model, geometry, "cuda")) as ready:
-        print(f"moesim: {time.monotonic() - began:5.0f} s  the model is loaded", file=sys.stderr)
-        measured = []
-        for batch in batches:
-            session = Session(ready, kv_tokens, batch)
-            # Once to compile and to allocate, once to measure.
-            for _ in range(2):
-                times = model_times(
-                    session, profile, name, DTYPE, prefill_tokens, machine, command_line()
-                )
-                took = time.monotonic() - began
-                print(f"moesim: {took:5.0f} s  measured", file=sys.stderr, flush=True)
-            measured.append(times)
-            del session
-        passes = tuple(each for times in measured for each in times.passes)
-        times = measured[0].model_copy(update={"passes": passes})
+
+        def say(what: str) -> None:
+            took = time.monotonic() - began
+            print(f"moesim: {took:5.0f} s  {what}", file=sys.stderr, flush=True)
+
+        def measure(batch: int, lane: bool) -> ModelTimes:
+            most = max(kv_tokens, batch)
+            whole = Session(ready, kv_tokens, rows=batch, most_tokens=most, cpu_threads=cpu_threads)
+            with closing(whole) as session:
+                # Once to compile and to allocate, once to measure.
+                for _ in range(2):
+                    times = model_times(
+                        session, profile, name, DTYPE, prefill_tokens, machine, command_line()
+                    )
+                    say("measured")
+                if not lane:
+                    return times
+                cpu = cpu_times(session, int(profile.readback_ns))
+                return times.model_copy(update={"cpu": cpu})
+
+        say("the model is loaded")
+        measured = [measure(batch, cpu and batch == batches[0]) for batch in batches]
+    passes = tuple(each for times in measured for each in times.passes)
+    times = measured[0].model_copy(update={"passes": passes})
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, render(times).encode())
     return times

@@ -61,6 +61,13 @@ def calibrate_command(
     batch_size: Annotated[
         str, typer.Option("--batch-size", help="With a model: requests at a time, 1 or 1,4,8.")
     ] = "1",
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="With a model: experts on the CPU, too.")
+    ] = False,
+    cpu_threads: Annotated[
+        int | None,
+        typer.Option("--cpu-threads", min=1, help="With --cpu; default: physical cores less two."),
+    ] = None,
 ) -> None:
     """Measure what this machine's GPU, link and host can do, and write its hardware profile.
 
@@ -75,10 +82,13 @@ def calibrate_command(
 
     require_extra("moesim calibrate")
     if geometry is not None or model is not None:
+        sizes = _model_sizes(geometry, model, prefill_tokens, batch_size, only)
         _calibrate_model(
-            geometry, model, base, kv_tokens, prefill_tokens, out, only, replace, batch_size
+            geometry, model, base, kv_tokens, sizes, out, replace, cpu=cpu, cpu_threads=cpu_threads
         )
         return
+    if cpu or cpu_threads is not None:
+        raise UserError("--cpu and --cpu-threads go with --geometry or --model")
     from replay.calibrate.cuda import CudaRig
     from replay.calibrate.rig import Sizes
 
@@ -86,26 +96,49 @@ def calibrate_command(
     run(job, CudaRig(), Sizes())
 
 
-def _calibrate_model(
-    geometry: str | None,
-    model: str | None,
-    base: str,
-    kv_tokens: int,
-    prefill_tokens: str,
-    out: Path,
-    only: str | None,
-    replace: bool,
-    batch_size: str,
-) -> None:
-    from replay.calibrate.model_file import calibrate_model, parse_sizes
+def _model_sizes(
+    geometry: str | None, model: str | None, prefill_tokens: str, batch_size: str, only: str | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes of prefill, and of batches."""
+    from replay.calibrate.model_file import parse_sizes
 
     if only is not None:
         raise UserError("--only names parts of a machine: leave it out with --geometry or --model")
     if geometry is not None and model is not None:
         raise UserError("give --geometry NAME or --model DIRECTORY, one of them")
-    sizes = parse_sizes(prefill_tokens, "--prefill-tokens")
-    batches = parse_sizes(batch_size, "--batch-size", "requests", 1)
-    times = calibrate_model(geometry, model, base, kv_tokens, sizes, out, replace, batches)
+    return (
+        parse_sizes(prefill_tokens, "--prefill-tokens"),
+        parse_sizes(batch_size, "--batch-size", "requests", 1),
+    )
+
+
+def _calibrate_model(
+    geometry: str | None,
+    model: str | None,
+    base: str,
+    kv_tokens: int,
+    sizes: tuple[tuple[int, ...], tuple[int, ...]],
+    out: Path,
+    replace: bool,
+    *,
+    cpu: bool,
+    cpu_threads: int | None,
+) -> None:
+    from replay.calibrate.model_file import calibrate_model
+
+    prefills, batches = sizes
+    times = calibrate_model(
+        geometry,
+        model,
+        base,
+        kv_tokens,
+        prefills,
+        out,
+        replace,
+        batches,
+        cpu=cpu,
+        cpu_threads=cpu_threads,
+    )
     decode = times.passes[0]
     print(
         f"{out}: {times.geometry} on {times.hardware}: segments {sum(decode.segment_ns) / 1e6:.3f} "

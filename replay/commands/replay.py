@@ -60,6 +60,14 @@ def replay_command(
         typer.Option("--fit-share", help="Share of the requests that fitted policies learn from."),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    cpu_threads: Annotated[
+        int | None,
+        typer.Option(
+            "--cpu-threads",
+            min=1,
+            help="Threads for experts left to the CPU; default: physical cores less two.",
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")
     ] = False,
@@ -101,8 +109,9 @@ def replay_command(
     inputs = inputs_for(Trace.open(trace), point)
     timed_geometry(inputs, point)  # another shape is told before a model is loaded
     with closing(open_model(model, geometry, device)) as ready:
-        session = Session.for_workloads(ready, inputs.workload(point.touch_order))
-        run = replay_point(session, inputs, point, link_scale=link_scale, routing=routing)
+        workload = inputs.workload(point.touch_order)
+        with closing(Session.for_workloads(ready, workload, cpu_threads=cpu_threads)) as session:
+            run = replay_point(session, inputs, point, link_scale=link_scale, routing=routing)
         result = {**run.result, "weights": ready.source, "device": str(session.device)}
         told = weights_of(ready)
     for note in result["notes"]:
@@ -137,6 +146,9 @@ def _print(result: dict[str, Any], told: str) -> None:
         shares = (decode[name] / decode["accesses"] for name in ("hits", "late", "misses"))
         hits, late, misses = (f"{share:.1%}" for share in shares)
         print(f"decode   {hits} hits, {late} late, {misses} missed")
+    if decode["cpu"]:
+        share = decode["cpu"] / decode["accesses"]
+        print(f"cpu      {share:.1%} of the experts, on {result['cpu_threads']} threads")
     print(f"link     {format_bytes(round(result['h2d_bytes_per_token']))} a token")
     parts = {name: value for name, value in result["breakdown_ms"].items() if value}
     print("time     " + ", ".join(f"{name} {value:.3f}" for name, value in parts.items()) + " ms")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from configs.errors import UserError
 from configs.hardware import load_hardware
 from configs.timings import ModelTimes
 from replay.calibrate.cuda import CudaRig
+from replay.calibrate.lane import cpu_times
 from replay.model import ReplayModel
 from replay.open import DTYPE, command_line, weights_of
 from replay.play import Session
@@ -83,7 +85,20 @@ def run_campaign(
     cells = open_cells(out, plan)
     say(f"{len(cells)} points to measure; the model is loaded")
     longest = max((tokens + 1 for tokens in plan.prefill_tokens), default=1)
-    session = Session.for_workloads(ready, *inputs.workloads, at_least=longest)
+    whole = Session.for_workloads(ready, *inputs.workloads, at_least=longest)
+    with closing(whole) as session:
+        return _run(out, plan, inputs, session, cells, say)
+
+
+def _run(
+    out: Path,
+    plan: ValidationPlan,
+    inputs: PlanInputs,
+    session: Session,
+    cells: Sequence[Cell],
+    say: Clock,
+) -> Target | None:
+    ready = session.ready
     machine = str(CudaRig().facts())
     times, setup_s = _calibrate(plan, inputs, session, machine, say)
     targets = predict(session, inputs.judged, times, cells)
@@ -112,9 +127,10 @@ def _calibrate(
     """The model's and the policies' times, and what a point's run takes beside its steps, s."""
     resident = Point(policy="resident", hardware=plan.hardware, geometry=plan.geometry)
     replay_point(session, inputs.calibration, resident)  # compiles, allocates, warms up
+    hardware = load_hardware(plan.hardware)
     times = model_times(
         session,
-        load_hardware(plan.hardware),
+        hardware,
         inputs.geometry,
         DTYPE,
         plan.prefill_tokens,
@@ -128,7 +144,12 @@ def _calibrate(
         own[label] = policy
         setup = max(setup, setup_s)
     say("the policies' host times are measured")
-    return times.model_copy(update={"policies": own}), setup
+    times = times.model_copy(update={"policies": own})
+    if session.has_lane:
+        lane = cpu_times(session, int(hardware.readback_ns))
+        times = times.model_copy(update={"cpu": lane})
+        say(f"the CPU's times are measured, on {lane.threads} threads")
+    return times, setup
 
 
 def choose(

@@ -60,9 +60,9 @@ def at(*path: str) -> Figure:
 
 
 def stall_ms(result: dict[str, Any]) -> float:
-    """Exposed stall, ms a decode step: late and missed together."""
+    """Exposed stall, ms a decode step: for late and missed experts and for the CPU together."""
     parts = result["breakdown_ms"]
-    return float(parts["stall_late"] + parts["stall_miss"])
+    return float(parts["stall_late"] + parts["stall_miss"] + parts["stall_cpu"])
 
 
 def hidden_share(result: dict[str, Any]) -> float:

@@ -254,7 +254,7 @@ class PlainModel:
     def _wave(self, wave: Wave, layer: int, tokens: dict[int, int]) -> Steps:
         yield from self._refill_before_launch()
         if wave.cpu:
-            yield self._host_event()
+            yield self._host_event(self.host.cpu_start_ns)
             self._start_cpu(layer, wave.cpu, tokens)
         if wave.order is not None:
             yield from self._in_order(wave.order, layer, tokens)
