@@ -46,6 +46,8 @@ class HostTimes(_Strict):
     copy_issue_ns: Ns
     landing_ns: Ns
     """From the end of an awaited copy until the host goes on."""
+    next_wave_ns: Ns | None = None
+    """Of a decision about an event's later waves; None: as about the first."""
 
 
 class ExpertsTime(_Strict):
@@ -98,11 +100,18 @@ class Pass(_Strict):
 
 
 class PolicyTimes(_Strict):
-    """Host time of one policy's decisions, in place of those of the pass."""
+    """Host time in runs of one policy, in place of that of the pass.
+
+    The last three in decode steps only, and None where they were not measured: after long waits
+    and much work in between, the same call takes longer.
+    """
 
     decision_ns: Ns
     awaited_ns: Ns
     copy_issue_ns: Ns
+    step_ns: Ns | None = None
+    segment_launch_ns: Ns | None = None
+    experts_launch_ns: Ns | None = None
 
 
 class LinkTimes(_Strict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from transformers import StaticCache
 
 from policies.core import DecisionCore
 from replay.batches import BatchInputs, Fed, columns_of, seats_of
+from replay.cores import on_quiet_core
 from replay.eager import EagerEngine
 from replay.memory import enough_memory
 from replay.model import ReplayModel
@@ -277,7 +278,7 @@ class Replay:
         driver = self.eager.driver
         copies = self.eager.copies
         driver.routing = measured.routing if keep_routing else None
-        with _no_collection(), _drained(copies):
+        with self._alone(), _no_collection(), _drained(copies):
             for step in steps:
                 began = driver.ledger.mark(STEP, -1)
                 before = driver.stall_late_ns, driver.stall_miss_ns, driver.stall_cpu_ns
@@ -300,6 +301,10 @@ class Replay:
         measured.chunks_on_link = copies.spans
         self._core.finish()
         return measured
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """A core for the host thread; where the device is the CPU itself, it has all."""
+        return nullcontext() if self._graphs is None else on_quiet_core()
 
     def _prefill(self, step: ForcedStep) -> tuple[torch.Tensor, torch.Tensor]:
         fed = self._session.feed(step)

@@ -83,7 +83,10 @@ class CalibratedTiming(RooflineTiming):
         costs = _mixed(self._between(tokens))
         if self._cpu is not None:
             costs = replace(costs, cpu_start_ns=self._cpu.start_ns)
-        return costs if self._own is None else _with_policy(costs, self._own, plain)
+        if self._own is None:
+            return costs
+        costs = _with_policy(costs, self._own, plain)
+        return _with_decode_steps(costs, self._own) if tokens == 1 else costs
 
     def segment_ns(self, layer: int, tokens: int, requests: int, kv_tokens: int) -> int:
         """By layer; decode steps by KV capacity."""
@@ -177,7 +180,17 @@ def _mixed(passes: Weighted) -> HostCosts:
     def mean(name: str) -> int:
         return _mean(passes, lambda each: getattr(each.host, name))
 
-    return HostCosts(**{name: mean(name) for name in HostTimes.model_fields})
+    names = [name for name in HostTimes.model_fields if name != "next_wave_ns"]
+    costs = HostCosts(**{name: mean(name) for name in names})
+    if all(each.host.next_wave_ns is None for each, _ in passes):
+        return costs
+    return replace(costs, next_wave_ns=_mean(passes, _later_ns))
+
+
+def _later_ns(measured: Pass) -> int:
+    """Of a decision about an event's later waves."""
+    host = measured.host
+    return host.decision_ns if host.next_wave_ns is None else host.next_wave_ns
 
 
 def _with_policy(costs: HostCosts, own: PolicyTimes, plain: HostCosts) -> HostCosts:
@@ -188,3 +201,10 @@ def _with_policy(costs: HostCosts, own: PolicyTimes, plain: HostCosts) -> HostCo
         awaited_ns=own.awaited_ns,
         copy_issue_ns=own.copy_issue_ns,
     )
+
+
+def _with_decode_steps(costs: HostCosts, own: PolicyTimes) -> HostCosts:
+    """What the policy's decode steps take beside its decisions, as far as it was measured."""
+    names = ("step_ns", "segment_launch_ns", "experts_launch_ns")
+    known = {name: getattr(own, name) for name in names if getattr(own, name) is not None}
+    return replace(costs, **known)

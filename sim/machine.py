@@ -81,6 +81,7 @@ class Machine:
         )
         self.times = StepTimes()
         self._costs = timing.host
+        self._first_wave = True
         self.stall_late = self.stall_miss = self.stall_cpu = 0
         self.clock = 0
         self._bursts = bursts and core.options.order == "cached-first"
@@ -184,9 +185,11 @@ class Machine:
             if predicting:
                 for prediction in core.predictions(layer, keys):
                     self._announce(prediction, now)
+            self._first_wave = True
             at_once = self._at_once(layer, wave, tokens, now)
             now = at_once or self._execute(layer, wave, tokens, now)
             while not wave.last:
+                self._first_wave = False
                 now = self._spin_for_gpu(now)
                 self.clock = now
                 wave = core.next_wave()
@@ -220,7 +223,7 @@ class Machine:
             return 0
         if len(queue.high) != wave.waiting:
             return 0  # promoted prefetches that this wave does not wait for
-        now += self._costs.gate_ns(wave.waiting)
+        now += self._costs.gate_ns(wave.waiting, first=self._first_wave)
         if not wave.waiting:
             return self._launch(layer, wave.ready, tokens, now) if wave.ready else now
         return self._burst(layer, wave, tokens, now) if self._bursts else 0
@@ -228,7 +231,7 @@ class Machine:
     def _execute(self, layer: int, wave: Wave, tokens: dict[int, int] | None, now: int) -> int:
         """Decide, refill, and launch the wave's groups as their experts are there."""
         link = self.link
-        now += self._costs.gate_ns(wave.waiting)
+        now += self._costs.gate_ns(wave.waiting, first=self._first_wave)
         if link.lands <= now:
             self._catch_up(now)
         self.clock = now

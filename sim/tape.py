@@ -262,7 +262,8 @@ class _EventClock:
         for index, wave in enumerate(shape.waves):
             if index:
                 now = gpu.end(SETTLED) + host.readback_ns
-            now += host.gate_ns(len(wave.assigned) - wave.assigned.count(0))
+            awaited = len(wave.assigned) - wave.assigned.count(0)
+            now += host.gate_ns(awaited, first=not index)
             if wave.sizes:
                 now = self._quiet.burst(
                     shape.layer, wave.ready, wave.sizes, wave.assigned, now, self._book_stall

@@ -22,7 +22,8 @@ class HostCosts:
 
     ``launch_each_ns``: more for each expert of a launch beyond the first. ``awaited_ns``: more for
     each expert that a wave awaits. ``landing_ns``: from an awaited landing until the host goes on.
-    ``cpu_start_ns``: to hand a group to the CPU.
+    ``cpu_start_ns``: to hand a group to the CPU. ``next_wave_ns``: ``decision_ns`` of an event's
+    later waves, None: the same.
     """
 
     segment_launch_ns: int
@@ -35,10 +36,13 @@ class HostCosts:
     awaited_ns: int = 0
     landing_ns: int = 0
     cpu_start_ns: int = 0
+    next_wave_ns: int | None = None
 
-    def gate_ns(self, awaited: int) -> int:
-        """Of a decision about a wave that awaits so many experts."""
-        return self.decision_ns + awaited * self.awaited_ns
+    def gate_ns(self, awaited: int, *, first: bool = True) -> int:
+        """Of a decision about an event's ``first`` or a later wave that awaits so many experts."""
+        if first or self.next_wave_ns is None:
+            return self.decision_ns + awaited * self.awaited_ns
+        return self.next_wave_ns + awaited * self.awaited_ns
 
 
 @dataclass(frozen=True)

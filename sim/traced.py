@@ -108,7 +108,8 @@ class TracedMachine(Machine):
             # The quiet way past the segment: launched, run and read back in one go.
             self._mark(min(last + self._costs.segment_launch_ns, now), SEGMENT, layer)
             self._mark(now, GPU, layer)
-        self._mark(now + self._costs.gate_ns(wave.waiting), DECIDE, layer, wave.waiting)
+        decided = self._costs.gate_ns(wave.waiting, first=self._first_wave)
+        self._mark(now + decided, DECIDE, layer, wave.waiting)
         return super()._execute(layer, wave, tokens, now)
 
     def _launch(self, layer: int, group: Any, tokens: dict[int, int] | None, now: int) -> int:

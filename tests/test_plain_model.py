@@ -341,7 +341,7 @@ TIMINGS = {
     "slowdown": SLOW,
     "delayed": OddTiming(predictor_ns=DELAYED),
     "delayed-slowdown": replace(SLOW, predictor_ns=DELAYED),
-    "slow-host": OddTiming(HostCosts(9, 8, 5, 13, 10, 41), predictor_ns=DELAYED),
+    "slow-host": OddTiming(HostCosts(9, 8, 5, 13, 10, 41, next_wave_ns=6), predictor_ns=DELAYED),
     "by-size": OddTiming(
         replace(HOST, launch_each_ns=2, awaited_ns=3, landing_ns=4, cpu_start_ns=5),
         predictor_ns=DELAYED,

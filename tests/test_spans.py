@@ -23,7 +23,19 @@ CASES = {
     "batch": Case(batch=3, slots=4, prompt=5),
 }
 TIMING = OddTiming(
-    HostCosts(9, 8, 5, 13, 10, 41, launch_each_ns=2, awaited_ns=3, landing_ns=4, cpu_start_ns=5),
+    HostCosts(
+        9,
+        8,
+        5,
+        13,
+        10,
+        41,
+        launch_each_ns=2,
+        awaited_ns=3,
+        landing_ns=4,
+        cpu_start_ns=5,
+        next_wave_ns=7,
+    ),
     LinkCosts(10**9, startup_ns=3, gap_ns=1),
     experts_slowdown_ppm=300_000,
     predictor_ns={"next_gate": 31},

@@ -236,6 +236,34 @@ def test_a_policy_with_times_of_its_own_has_them() -> None:
     assert timing(model_times(policies=own), policy="other").host.decision_ns == 9_000
 
 
+def test_a_policys_steps_are_its_own_in_decode_only() -> None:
+    slow = PolicyTimes(
+        decision_ns=9_000,
+        awaited_ns=7,
+        copy_issue_ns=8,
+        step_ns=70_000,
+        segment_launch_ns=60_000,
+        experts_launch_ns=50_000,
+    )
+    plain = timing(model_times())
+    found = timing(model_times(policies={"slow": slow}), policy="slow")
+    decode, prefill = found.host_for(1), found.host_for(64)
+    assert (decode.step_ns, decode.segment_launch_ns) == (70_000, 60_000)
+    assert decode.experts_launch_ns == 50_000
+    assert prefill.experts_launch_ns == plain.host_for(64).experts_launch_ns
+
+
+def test_later_waves_have_decisions_of_their_own_between_measured_sizes() -> None:
+    assert timing(model_times()).host_for(8).next_wave_ns is None
+    one, eight, many = a_pass(1), a_pass(8), a_pass(64, decision_ns=65_000)
+    waves = many.host.model_copy(update={"next_wave_ns": 5_000})
+    found = timing(model_times(one, eight, many.model_copy(update={"host": waves})))
+    # At 8 tokens as the first wave's, 9 us; half way to 64 the mean of both.
+    assert found.host_for(36).next_wave_ns == 7_000
+    assert found.host_for(36).gate_ns(0, first=False) == 7_000
+    assert found.host_for(64).gate_ns(1, first=False) == 5_000 + found.host_for(64).awaited_ns
+
+
 def test_a_launch_beside_copies_takes_a_constant_longer() -> None:
     found = timing(model_times())
     for experts in (1, 4, 8):

@@ -248,7 +248,8 @@ class PlainModel:
         while not wave.last:
             yield from self._spin_for_gpu()
             wave = core.next_wave()
-            yield self._host_event(host.decision_ns + host.awaited_ns * wave.waiting)
+            later = host.decision_ns if host.next_wave_ns is None else host.next_wave_ns
+            yield self._host_event(later + host.awaited_ns * wave.waiting)
             yield from self._wave(wave, layer, tokens)
 
     def _wave(self, wave: Wave, layer: int, tokens: dict[int, int]) -> Steps:
