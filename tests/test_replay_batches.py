@@ -19,6 +19,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 import cli  # noqa: E402
 from configs.errors import UserError  # noqa: E402
+from configs.timings import load_timings  # noqa: E402
 from policies.interface import Shape  # noqa: E402
 from replay.batches import columns_of, laid_out, seats_of  # noqa: E402
 from replay.model import ReplayModel, from_checkpoint  # noqa: E402
@@ -39,6 +40,7 @@ from tests.machines import FlatTiming  # noqa: E402
 from tests.recorded import plain_logits, record_batches  # noqa: E402
 from tests.test_replay import make_core as lru_core  # noqa: E402
 from tests.test_replay_safe import SaysOneEarly, SlowCopies  # noqa: E402
+from tests.test_timings import CPU, a_pass, model_times  # noqa: E402
 from tests.traces import make_trace  # noqa: E402
 from tracer.trace import Trace  # noqa: E402
 from tracer.workload import Workload  # noqa: E402
@@ -372,6 +374,56 @@ def test_batch_sizes_to_calibrate_are_read_or_refused() -> None:
         parse_sizes("0", "--batch-size", "requests", 1)
     with pytest.raises(UserError, match="--prefill-tokens 1: give numbers of tokens, 2 or more"):
         parse_sizes("1", "--prefill-tokens")
+
+
+@dataclass
+class FakeSession:
+    """What `moesim calibrate` asks for, and whether it was given back."""
+
+    rows: int
+    most_tokens: int
+    closed: bool = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_batches_and_the_cpu_are_calibrated_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One file: passes of every batch; the CPU's times are those beside the first."""
+    from replay.calibrate.model_file import calibrate_model
+
+    made: list[FakeSession] = []
+
+    def session(
+        ready: Any, kv_tokens: int, *, rows: int, most_tokens: int, cpu_threads: Any
+    ) -> Any:
+        assert (kv_tokens, cpu_threads) == (100, 5)
+        assert all(each.closed for each in made)
+        made.append(FakeSession(rows, most_tokens))
+        return made[-1]
+
+    def passes(session: FakeSession, *given: Any) -> Any:
+        rows = session.rows
+        sizes = [each.model_copy(update={"requests": rows}) for each in (a_pass(rows), a_pass(64))]
+        return model_times(*sizes)
+
+    facts = SimpleNamespace(facts=lambda: "a machine")
+    monkeypatch.setattr("replay.calibrate.cuda.CudaRig", lambda: facts)
+    monkeypatch.setattr(
+        "replay.open.open_model", lambda *given: SimpleNamespace(close=lambda: None)
+    )
+    monkeypatch.setattr("replay.play.Session", session)
+    monkeypatch.setattr("replay.validation.machine.model_times", passes)
+    monkeypatch.setattr("replay.calibrate.lane.cpu_times", lambda session, ns: CPU)
+    out = tmp_path / "times.yaml"
+    given = ("olmoe-1b-7b", None, "h200-pcie5", 100, (64,), out, False, (1, 4, 32))
+    calibrate_model(*given, cpu=True, cpu_threads=5)
+    found = load_timings(out)
+    assert (found.batches, found.cpu) == ((1, 4, 32), CPU)
+    assert [(each.rows, each.most_tokens) for each in made] == [(1, 100), (4, 100), (32, 100)]
+    assert all(each.closed for each in made)
 
 
 # ---------------------------------------------------------------------- the model's own routing
