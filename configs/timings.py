@@ -58,21 +58,30 @@ class ExpertsTime(_Strict):
 
 
 class Pass(_Strict):
-    """A forward pass of ``tokens`` of one request; one token is a decode step.
+    """A forward pass of ``tokens`` of ``requests``; a decode step has a token of each.
 
     ``kv_tokens``: capacity of the KV cache it was measured with. ``segment_ns``: by MoE layer, GPU
     time from the experts of the layer before to this layer's gate, as far as the host sees it.
     """
 
     tokens: int = Field(ge=1)
+    requests: int = Field(default=1, ge=1)
     kv_tokens: int = Field(ge=1)
     host: HostTimes
     segment_ns: tuple[Ns, ...] = Field(strict=False, min_length=1)
     head_ns: Ns
     experts: tuple[ExpertsTime, ...] = Field(strict=False, min_length=1)
+    """Of a decode step of several requests: by assignments of a token to an expert."""
+
+    @property
+    def decodes(self) -> bool:
+        """Whether this is a decode step."""
+        return self.tokens == self.requests
 
     @model_validator(mode="after")
     def _sorted(self) -> Self:
+        if self.tokens < self.requests:
+            raise ValueError(f"{self.tokens} tokens cannot be of {self.requests} requests")
         counts = [entry.experts for entry in self.experts]
         if counts != sorted(set(counts)):
             raise ValueError(f"experts must go up from entry to entry, got {counts}")
@@ -192,14 +201,23 @@ class ModelTimes(_Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        kinds = [(each.tokens, each.kv_tokens) for each in self.passes]
+        kinds = [(each.requests, each.tokens, each.kv_tokens) for each in self.passes]
         if kinds != sorted(set(kinds)):
-            raise ValueError("passes must go up by tokens, then kv_tokens, each once")
-        if kinds[0][0] != 1:
+            raise ValueError("passes must go up by requests, tokens, then kv_tokens, each once")
+        if not self.batches:
             raise ValueError("passes lack a decode step (tokens: 1)")
         if len({len(each.segment_ns) for each in self.passes}) > 1:
             raise ValueError("passes differ in how many layers segment_ns has")
         return self
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Requests at a time whose decode steps were measured, going up."""
+        return tuple(sorted({each.requests for each in self.passes if each.decodes}))
+
+    def cover(self, batch: int) -> bool:
+        """Whether times of so many requests at a time follow from the measured ones."""
+        return self.batches[0] <= batch <= self.batches[-1]
 
 
 def render(times: ModelTimes) -> str:

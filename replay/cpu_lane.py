@@ -86,7 +86,10 @@ class CpuLane:
     def start(
         self, layer: int, experts: Sequence[int], ids: npt.NDArray[Any], hidden: torch.Tensor
     ) -> None:
-        """Begin ``experts`` of an event: ``ids`` int [rows, k], ``hidden`` [rows, H] known."""
+        """Begin ``experts`` of an event: ``ids`` int [rows, k], ``hidden`` [rows, H] known.
+
+        Lines of a batch that do not run have ids of -1: nothing is computed for them.
+        """
         memory = self._memory
         if self._copied is None:
             memory.hidden[: len(hidden)].copy_(hidden)

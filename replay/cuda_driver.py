@@ -15,6 +15,8 @@ from functools import cache
 _NOT_READY = 600
 _DISABLE_TIMING = 2
 _WRITE_64 = 5
+_MOST_OPERATIONS = 128
+"""In one call; the driver takes fewer than 256."""
 
 
 class CudaDriverError(RuntimeError):
@@ -105,6 +107,9 @@ class _Write(ctypes.Structure):
     )
 
 
+_WRITE_BYTES = ctypes.sizeof(_Write)
+
+
 class SmallWrites:
     """Writes ``words`` times 8 bytes to device memory, in order with a stream's kernels."""
 
@@ -121,4 +126,7 @@ class SmallWrites:
         for write, value in zip(self._writes, values, strict=True):
             write.address, write.value = address, value
             address += 8
-        _check(self._batch(stream, self._words, self._at, 0), "cuStreamBatchMemOp")
+        for first in range(0, self._words, _MOST_OPERATIONS):
+            count = min(self._words - first, _MOST_OPERATIONS)
+            at = self._at + first * _WRITE_BYTES
+            _check(self._batch(stream, count, at, 0), "cuStreamBatchMemOp")

@@ -30,10 +30,15 @@ Predict = Callable[[Prediction], None]
 
 
 class Rows(NamedTuple):
-    """An event's ``hidden`` states [rows, H], and ``out`` [rows * k, H], its experts' outputs."""
+    """What the experts of an event get and give.
+
+    ``hidden``: states [rows, H]; ``out`` [rows * k, H]: the experts' outputs; ``ids`` int
+    [rows, k]: the expert of each, -1 in lines of a batch that do not run.
+    """
 
     hidden: torch.Tensor
     out: torch.Tensor
+    ids: npt.NDArray[Any]
 
 
 class Driver:
@@ -54,6 +59,8 @@ class Driver:
         self.ledger = Ledger()
         self.stall_late_ns = self.stall_miss_ns = self.stall_cpu_ns = 0
         self.lane: CpuLane | None = None
+        #: where the ids of every event go, if they are to be kept
+        self.routing: list[npt.NDArray[Any]] | None = None
         core.clock_ns = perf_counter_ns
         #: predictions whose predictor is at work, with the test whether it has finished
         self._coming: list[tuple[Callable[[], bool], Prediction]] = []
@@ -80,12 +87,14 @@ class Driver:
         self.ledger.mark(STEP, -1)
 
     def event(self, layer: int, ids: npt.NDArray[Any], launch: Launch, rows: Rows) -> None:
-        """The gate of ``layer`` is known: ``ids`` int [rows, k]; calls ``launch(keys)`` by group.
+        """The gate of ``layer`` is known: ``ids`` int [n, k]; calls ``launch(keys)`` by group.
 
         The device has run everything launched before this gate. What the CPU computes goes from
-        and to ``rows``.
+        and to ``rows``, which may have idle lines beside those of ``ids``.
         """
         core, ledger = self.core, self.ledger
+        if self.routing is not None:
+            self.routing.append(np.array(ids))
         keys, tokens = self._distinct(layer, ids)
         self._take_in()
         if self._previous >= 0:
@@ -100,7 +109,7 @@ class Driver:
             self.copies.refill()
             ledger.mark(ISSUE, layer, self.copies.chunks - handed)
             if wave.cpu:
-                self._start_cpu(layer, wave.cpu, ids, rows)
+                self._start_cpu(layer, wave.cpu, rows)
             if wave.order is not None and wave.waiting:
                 self._in_order(layer, wave.order, launch)
             else:
@@ -187,12 +196,10 @@ class Driver:
         if waited and idle_from:
             self._book_stall(landed[-1], now - idle_from)
 
-    def _start_cpu(
-        self, layer: int, keys: Sequence[int], ids: npt.NDArray[Any], rows: Rows
-    ) -> None:
+    def _start_cpu(self, layer: int, keys: Sequence[int], rows: Rows) -> None:
         assert self.lane is not None
         base = layer * self._experts
-        self.lane.start(layer, [key - base for key in keys], ids, rows.hidden)
+        self.lane.start(layer, [key - base for key in keys], rows.ids, rows.hidden)
         self.ledger.mark(CPU, layer, len(keys))
 
     def _join_cpu(self, layer: int, experts: int, rows: Rows) -> None:

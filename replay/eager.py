@@ -67,6 +67,7 @@ class EagerEngine:
         self.copies = CopyEngine(core, store, self.pool, window, link_scale, poison=check)
         self.driver = Driver(core, self.copies, touch_order)
         self.forced: Sequence[np.ndarray] | None = None
+        self._kept: torch.Tensor | None = None
         #: told the gate inputs of the pass in progress
         self.predictors: Predictors | None = None
         self._ids: torch.Tensor | None = None
@@ -75,14 +76,14 @@ class EagerEngine:
 
     def __enter__(self) -> EagerEngine:
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _replayed)
-        self._kept = self._model.config._experts_implementation
+        self._implementation = self._model.config._experts_implementation
         for layer, module in enumerate(self._modules):
             module._moesim_replay = (self, layer)
         self._model.set_experts_implementation(IMPLEMENTATION)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._model.set_experts_implementation(self._kept)
+        self._model.set_experts_implementation(self._implementation)
         for module in self._modules:
             del module._moesim_replay
         if self.predictors is not None:
@@ -104,6 +105,14 @@ class EagerEngine:
         tiles.warm_up(torch.zeros((1, known[0].width), dtype=views.dtype, device=views.device))
         return tiles
 
+    def keep(self, places: npt.NDArray[np.int64] | None) -> None:
+        """Of the next passes' tokens, run these alone through the experts; the others get zeros.
+
+        ``places`` int64 [n], in the order that the core sees; None: all. Padding is left out so.
+        """
+        device = self.pool.memory.device
+        self._kept = None if places is None else torch.from_numpy(places).to(device)
+
     def begin_step(self, step: int, phase: str, begins: Sequence[int] = ()) -> None:
         """Before a forward pass."""
         self.driver.begin_step(step, phase, begins)
@@ -119,6 +128,16 @@ class EagerEngine:
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """What the experts module returns, [rows, H], for ids and weights [rows, k]."""
+        kept = self._kept
+        if kept is None:
+            return self._experts(layer, hidden, ids, weights)
+        result = torch.zeros_like(hidden)
+        result[kept] = self._experts(layer, hidden[kept], ids[kept], weights[kept])
+        return result
+
+    def _experts(
+        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
         rows, top_k = ids.shape
         narrow = ids.to(torch.int32)
         on_host = self._host_ids(narrow)
@@ -132,7 +151,7 @@ class EagerEngine:
         if self.predictors is not None:
             self.predictors.hidden = hidden
         launch = self._launcher(layer, hidden, flat, out, top_k)
-        self.driver.event(layer, chosen, launch, Rows(hidden, out))
+        self.driver.event(layer, chosen, launch, Rows(hidden, out, chosen))
         if self._check:
             self.require_finite(out, f"layer {layer}")
         weighted = out * weights.reshape(-1, 1)

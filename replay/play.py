@@ -16,6 +16,7 @@ import torch
 from transformers import StaticCache
 
 from policies.core import DecisionCore
+from replay.batches import BatchInputs, Fed, columns_of, seats_of
 from replay.cores import on_quiet_core
 from replay.eager import EagerEngine
 from replay.memory import enough_memory
@@ -23,6 +24,7 @@ from replay.model import ReplayModel
 from replay.slots import CopyEngine
 from sim.machine import StepTimes
 from sim.spans import STEP, ChunkSpan
+from tracer.workload import Workload
 
 if TYPE_CHECKING:
     from replay.cpu_lane import CpuLane
@@ -36,9 +38,10 @@ _LESS = "give a smaller --budget or --expert-budget, or a trace of shorter reque
 
 @dataclass(frozen=True)
 class ForcedStep:
-    """One recorded forward step of one request: what goes in, and which experts run.
+    """One recorded forward step: what goes in, and which experts run.
 
     ``token_ids`` int [rows]; ``experts`` int [rows, layers, k], None: those that the model chooses.
+    ``seats`` int [rows]: the line of the batch that each row belongs to, None: one request runs.
     """
 
     index: int
@@ -47,6 +50,17 @@ class ForcedStep:
     ends: tuple[int, ...]
     token_ids: Ints
     experts: Ints | None
+    seats: Ints | None = None
+
+    @property
+    def seats_or_first(self) -> Ints:
+        """As ``seats``; a single request sits in the first line."""
+        return np.zeros(len(self.token_ids), np.int64) if self.seats is None else self.seats
+
+    @property
+    def lines(self) -> list[int]:
+        """The lines that run, in the order of the step's rows."""
+        return [0] if self.seats is None else list(dict.fromkeys(self.seats.tolist()))
 
 
 @dataclass
@@ -55,8 +69,9 @@ class Measured:
 
     ``marks``: as :class:`replay.ledger.Ledger` has them. Of ``times``, segments and experts are
     not told apart. ``tokens``: the model's greedy choice after every step, whatever text was
-    forced on it. ``logits``: [vocabulary] of every step, float32 on the host, if they were to be
-    kept.
+    forced on it, one for each request of the step. ``logits``: likewise, [vocabulary], float32 on
+    the host, if they were to be kept. ``routing``: the executed ids [rows, k] of every event, if
+    they were to be kept.
     """
 
     times: StepTimes = field(default_factory=StepTimes)
@@ -64,6 +79,7 @@ class Measured:
     copied_bytes: int = 0
     tokens: list[int] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
+    routing: list[Ints] = field(default_factory=list)
     chunks_on_link: list[ChunkSpan] = field(default_factory=list)
     marks: list[tuple[int, int, int, int]] = field(default_factory=list)
 
@@ -84,18 +100,31 @@ def static_cache(config: Any, kv_capacity: int) -> StaticCache:
 class Session:
     """A model and what points share: the KV cache, and the decode step captured from it once.
 
-    ``kv_capacity``: tokens of the static KV cache, the longest request. ``cpu_threads``: for
-    experts that a policy leaves to the CPU; None: the physical cores less two. To be closed: a
-    process computes those experts, from the first policy on that needs it.
+    ``kv_capacity``: tokens of a line of the static KV cache, the longest request (of a batch
+    :func:`replay.batches.columns_of`). ``rows``: lines of the batch that every step computes;
+    those of a smaller batch, or of requests that have ended, are idle. ``most_tokens``: of a step
+    that leaves experts to the CPU; None: as many as the cache takes. ``cpu_threads``: for those
+    experts; None: the physical cores less two. To be closed: a process computes them, from the
+    first policy on that needs it.
     """
 
     def __init__(
-        self, ready: ReplayModel, kv_capacity: int, cpu_threads: int | None = None
+        self,
+        ready: ReplayModel,
+        kv_capacity: int,
+        *,
+        rows: int = 1,
+        most_tokens: int | None = None,
+        cpu_threads: int | None = None,
     ) -> None:
         self.ready = ready
         self.device = next(ready.model.parameters()).device
         self.cache = static_cache(ready.model.config, kv_capacity)
         self.kv_capacity = kv_capacity
+        self.rows = rows
+        self.most_tokens = most_tokens or rows * kv_capacity
+        # Without padding the model's own causal path runs.
+        self.batch = BatchInputs(rows, kv_capacity, self.device) if rows > 1 else None
         self._captured: CapturedStep | None = None
         self._predictors: Predictors | None = None
         self._cpu_threads = cpu_threads
@@ -121,7 +150,7 @@ class Session:
         if self._lane is None:
             threads = self._cpu_threads or default_threads()
             began = perf_counter()
-            self._lane = CpuLane(self.ready, self.kv_capacity, threads)
+            self._lane = CpuLane(self.ready, self.most_tokens, threads)
             self.lane_start_s = perf_counter() - began
         return self._lane
 
@@ -130,14 +159,59 @@ class Session:
         """How many token ids the model knows."""
         return int(self.ready.model.config.get_text_config().vocab_size)
 
+    @classmethod
+    def for_workloads(
+        cls,
+        ready: ReplayModel,
+        *workloads: Workload,
+        at_least: int = 1,
+        cpu_threads: int | None = None,
+    ) -> Session:
+        """Of a size that these fit in; ``at_least``: KV capacity.
+
+        Raises UserError for batches whose requests do not begin together.
+        """
+        for workload in workloads:
+            seats_of(workload)
+        rows = max(workload.max_batch for workload in workloads)
+        longest = max(step.tokens for workload in workloads for step in workload.steps())
+        return cls(
+            ready,
+            max([at_least, *map(columns_of, workloads)]),
+            rows=rows,
+            # A captured step hands over all its lines.
+            most_tokens=max(longest, rows),
+            cpu_threads=cpu_threads,
+        )
+
+    def begin(self, step: ForcedStep) -> None:
+        """New requests: nothing is left of those before."""
+        self.cache.reset()
+        if self.batch is None:
+            return
+        self.batch.begin(step.seats_or_first, step.prefill)
+        if self._captured is not None and not step.prefill:
+            self._captured.begin(self.batch.positions())
+
+    def feed(self, step: ForcedStep) -> Fed:
+        """The model's inputs for an eager pass."""
+        if self.batch is not None:
+            fed = self.batch.feed(step.token_ids, step.seats_or_first)
+            if self._captured is not None:
+                self._captured.begin(self.batch.positions())
+            return fed
+        tokens = torch.from_numpy(step.token_ids[None].astype(np.int64))
+        return Fed({"input_ids": tokens.to(self.device)})
+
     def captured(self) -> CapturedStep:
-        """One decode step of one token, cut at the experts."""
+        """One decode step of a token a line, cut at the experts."""
         # Triton is there where CUDA is; a plain CPU needs neither.
         from replay.graphs import CapturedStep
 
         if self._captured is None:
             ready = self.ready
-            self._captured = CapturedStep(ready.model, ready.modules, self.cache, 1)
+            mask = None if self.batch is None else self.batch.mask
+            self._captured = CapturedStep(ready.model, ready.modules, self.cache, self.rows, mask)
         return self._captured
 
     def predictors(self) -> Predictors:
@@ -192,25 +266,33 @@ class Replay:
 
     @enough_memory("a run", _LESS)
     @torch.inference_mode()
-    def run(self, steps: Sequence[ForcedStep], *, keep_logits: bool = False) -> Measured:
-        """Run recorded steps in order; the ids of the trace are executed."""
+    def run(
+        self,
+        steps: Sequence[ForcedStep],
+        *,
+        keep_logits: bool = False,
+        keep_routing: bool = False,
+    ) -> Measured:
+        """Run recorded steps in order; the ids of the trace are executed, where a step has them."""
         measured = Measured()
         driver = self.eager.driver
         copies = self.eager.copies
+        driver.routing = measured.routing if keep_routing else None
         with self._alone(), _no_collection(), _drained(copies):
             for step in steps:
                 began = driver.ledger.mark(STEP, -1)
                 before = driver.stall_late_ns, driver.stall_miss_ns, driver.stall_cpu_ns
                 if step.begins:
-                    self._session.cache.reset()
+                    self._session.begin(step)
                 greedy = self._prefill if step.prefill or self._graphs is None else self._decode
                 chosen, logits = greedy(step)
                 times = measured.times
                 times.begin.append(began)
                 times.end.append(driver.ledger.mark(STEP, -1))
-                measured.tokens.append(int(chosen[0]))
-                if keep_logits:
-                    measured.logits.append(logits[0].float().cpu())
+                for line in step.lines:
+                    measured.tokens.append(int(chosen[line]))
+                    if keep_logits:
+                        measured.logits.append(logits[line].float().cpu())
                 times.stall_late.append(driver.stall_late_ns - before[0])
                 times.stall_miss.append(driver.stall_miss_ns - before[1])
                 times.stall_cpu.append(driver.stall_cpu_ns - before[2])
@@ -225,13 +307,14 @@ class Replay:
         return nullcontext() if self._graphs is None else on_quiet_core()
 
     def _prefill(self, step: ForcedStep) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = torch.from_numpy(step.token_ids[None].astype(np.int64)).to(self._session.device)
+        fed = self._session.feed(step)
         engine = self.eager
         engine.forced = None if step.experts is None else list(step.experts.transpose(1, 0, 2))
+        engine.keep(fed.places)
         with engine:
             engine.begin_step(step.index, "prefill" if step.prefill else "decode", step.begins)
             output = self._session.ready.model(
-                tokens, past_key_values=self._session.cache, use_cache=True, logits_to_keep=1
+                **fed.inputs, past_key_values=self._session.cache, use_cache=True, logits_to_keep=1
             )
             logits: torch.Tensor = output.logits[:, -1]
             greedy = logits.argmax(-1)
@@ -241,11 +324,12 @@ class Replay:
     def _decode(self, step: ForcedStep) -> tuple[torch.Tensor, torch.Tensor]:
         graphs = self._graphs
         assert graphs is not None
-        graphs.step.token.fill_(int(step.token_ids[0]))
+        graphs.seats = None if self._session.rows == 1 else step.seats_or_first
+        graphs.step.feed(step.token_ids, graphs.seats)
         graphs.forced = None if step.experts is None else step.experts.transpose(1, 0, 2)
         graphs.decode(step.index, step.begins, step.ends)
         if self._check:
-            self.eager.require_finite(graphs.step.logits, f"step {step.index}")
+            self.eager.require_finite(graphs.step.logits[step.lines], f"step {step.index}")
         return graphs.step.next_on_host, graphs.step.logits
 
     def _graph_engine(self) -> GraphEngine:
@@ -254,7 +338,9 @@ class Replay:
         ready = self._session.ready
         kernels = require_kernels(ready.modules, self.eager.pool.views)
         step = self._session.captured()
-        launches = GroupLaunches(step, kernels, ready.top_k + 1)
+        # A launch takes one expert at least.
+        most = min(ready.num_experts, self._session.rows * ready.top_k)
+        launches = GroupLaunches(step, kernels, most + 1)
         return GraphEngine(self.eager.driver, step, launches)
 
 

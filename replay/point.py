@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 
 from configs.errors import UserError
 from policies.core import DecisionCore
+from policies.registry import PolicyInfo
+from replay.batches import seats_of
 from replay.breakdown import breakdown, particulars
 from replay.play import ForcedStep, Measured, Replay, Session
 from sim.inputs import Inputs
@@ -21,6 +24,8 @@ from sim.traced import TracedMachine
 from tracer.workload import Workload
 
 Log = list[tuple[object, ...]]
+TRACE, MODEL = "trace", "model"
+ROUTINGS = (TRACE, MODEL)
 
 
 @dataclass
@@ -43,42 +48,68 @@ def decisions(core: DecisionCore) -> Log:
     return [entry for entry in core.log or () if entry[0] != "landed"]
 
 
-def forced_steps(inputs: Inputs, workload: Workload, vocabulary: int) -> list[ForcedStep]:
-    """The judged requests' steps, one request at a time.
+def forced_steps(
+    inputs: Inputs, workload: Workload, vocabulary: int, routing: str = TRACE
+) -> list[ForcedStep]:
+    """The judged requests' steps, batch by batch.
 
-    ``vocabulary``: token ids beyond it, of a tokenizer with more words, are folded into it. Raises
-    UserError for a trace of batches, and for layers that did not run.
+    ``vocabulary``: token ids beyond it, of a tokenizer with more words, are folded into it.
+    ``routing``: whose experts run, of ROUTINGS; the text is the trace's either way. Raises
+    UserError for batches whose requests do not begin together, and for layers that did not run.
     """
-    if workload.max_batch > 1:
-        raise UserError(
-            f"the trace has up to {workload.max_batch} requests in a step: replay runs one at a "
-            "time; record with --batch-size 1"
-        )
     if (workload.experts < 0).any():
         raise UserError("the trace has tokens that skipped a layer: replay needs all layers' ids")
+    seats = seats_of(workload)
     inputs.ensure("token_id")
     tokens = np.maximum(workload.column("token_id").astype(np.int64), 0) % vocabulary
     experts = workload.experts.astype(np.int64)
     bounds = np.append(workload.row_of_step, workload.num_tokens).tolist()
+    rows = [slice(low, high) for low, high in pairwise(bounds)]
     return [
         ForcedStep(
             step.index,
             step.prefill_tokens > 0,
             step.begins,
             step.ends,
-            tokens[bounds[step.index] : bounds[step.index + 1]],
-            experts[bounds[step.index] : bounds[step.index + 1]],
+            tokens[rows[step.index]],
+            None if routing == MODEL else experts[rows[step.index]],
+            seats[step.index],
         )
         for step in workload.steps()
     ]
 
 
+def refuse_recorded(info: PolicyInfo, params: dict[str, Any]) -> None:
+    """Raise UserError for a policy that goes by the trace's routing while the model's own runs."""
+    columns = info.all_columns(params)
+    parts = info.parts(params)
+    if any(part.oracle for part in parts):
+        reason = "knows the trace's future"
+    elif columns:
+        reason = f"reads the trace's {', '.join(columns)}"
+    elif any(part.reads_signals or part.in_blocks for part in parts):
+        reason = "reads what the trace recorded of each gate"
+    else:
+        return
+    raise UserError(
+        f"{info.name} {reason}, which is not this run's where the model routes by itself: leave "
+        "--routing model out, or choose a policy that goes by the experts alone"
+    )
+
+
 def replay_point(
-    session: Session, inputs: Inputs, point: Point, *, link_scale: float = 1.0
+    session: Session,
+    inputs: Inputs,
+    point: Point,
+    *,
+    link_scale: float = 1.0,
+    routing: str = TRACE,
 ) -> Replayed:
     """Run a point on the session's device. ``link_scale``: emulate a link so many times slower.
 
-    Raises UserError or PolicyError for what a user can mend.
+    ``routing`` "model": the experts that the model chooses itself run, on the trace's text; the
+    result tells by how much they are the trace's. Raises UserError or PolicyError for what a user
+    can mend.
     """
     setting = resolve_point(inputs, point, expert_bytes=session.ready.layout.nbytes)
     if not setting.info.lossless:
@@ -86,16 +117,27 @@ def replay_point(
             f"{point.policy} changes the routing: the replay engine runs lossless policies only; "
             "moesim quality shows what it does to a model"
         )
+    if routing == MODEL:
+        refuse_recorded(setting.info, setting.params)
     core = make_core(inputs, setting, log=[])
-    steps = forced_steps(inputs, setting.workload, session.vocabulary)
+    workload = setting.workload
+    steps = forced_steps(inputs, workload, session.vocabulary, routing)
     _require_same_shape(session, setting)
+    if workload.max_batch > session.rows:
+        raise UserError(
+            f"the trace has {workload.max_batch} requests in a step, the session {session.rows}: "
+            "make it with Session.for_workloads"
+        )
     cuda = session.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     replay = Replay(session, core, window=point.window, link_scale=link_scale)
-    measured = replay.run(steps)
+    measured = replay.run(steps, keep_routing=routing == MODEL)
     result = described(inputs, setting, core, _metrics(setting, core, measured))
     result["timing"] = "measured"
+    result["routing"] = routing
+    result["routing_agreement"] = agreement(workload, measured) if routing == MODEL else None
+    result["batch"] = session.rows
     result["link_scale"] = link_scale
     result["breakdown_ms"] = breakdown(measured, steps)
     result["peak_memory_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
@@ -115,6 +157,18 @@ def _require_same_shape(session: Session, setting: Setting) -> None:
             f"the model has {sizes.format(*model)}, the trace {sizes.format(*trace)}: replay a "
             "trace that was recorded from this model, or one of its shape"
         )
+
+
+def agreement(workload: Workload, measured: Measured) -> float:
+    """Share of the trace's expert ids that were executed, whatever their rank."""
+    layers = workload.num_layers
+    executed = [
+        np.stack(measured.routing[at : at + layers], 1)
+        for at in range(0, len(measured.routing), layers)
+    ]
+    ours, theirs = np.concatenate(executed), workload.experts
+    same = (theirs[..., :, None] == ours[..., None, :]).any(-1)
+    return float(same.mean())
 
 
 def _metrics(setting: Setting, core: DecisionCore, measured: Measured) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class PredictorShape:
 class Predictors:
     """Work of both kinds on a stream of its own.
 
-    ``inputs``: gate input of each layer's captured decode step, [1, H]. ``hidden``: of the eager
+    ``inputs``: gate input of each layer's captured decode step, [rows, H]. ``hidden``: of the eager
     pass in progress, [T, H]; None while the captured step decodes.
     """
 
@@ -62,7 +62,9 @@ class Predictors:
         self._events: list[torch.cuda.Event] = []
         self.hidden: torch.Tensor | None = None
         # The graphs write to the first for as long as they live; an eager pass has its own.
-        self._captured_ids = torch.empty((1, shape.top_k), dtype=torch.int64, pin_memory=True)
+        self._captured_ids = torch.empty(
+            (len(like), shape.top_k), dtype=torch.int64, pin_memory=True
+        )
         self._eager_ids = self._captured_ids
         for source in (NEXT_GATE, LEARNED):
             self._capture_all(source)

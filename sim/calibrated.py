@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from configs.errors import UserError
 from configs.geometry import Geometry
 from configs.hardware import Hardware
 from configs.timings import HostTimes, ModelTimes, Pass, PolicyTimes
@@ -14,12 +15,19 @@ from sim.timing import HostCosts, LinkCosts, RooflineTiming
 _PPM = 1_000_000
 
 
-class CalibratedTiming(RooflineTiming):
-    """Measured times of decode steps of one token and of prefills, of one request at a time.
+#: measured passes and the weight of each; the weights sum to 1
+Weighted = list[tuple[Pass, float]]
 
-    Between the measured sizes of a prefill, and between KV capacities, times are interpolated;
-    beyond them the nearest size holds, in proportion to the tokens. CPU work is the hardware
-    profile's where it was not measured. ``link_bytes_per_s``: another link than the measured one.
+
+class CalibratedTiming(RooflineTiming):
+    """Measured times of decode steps of ``batch`` tokens, one a request, and of prefills.
+
+    Between the measured sizes of a batch and of a prefill, and between KV capacities, times are
+    interpolated; beyond them the nearest prefill and capacity hold, the experts' in proportion to
+    the tokens. A decode step whose batch has thinned out takes as long as a full one: the engine
+    computes all its lines. CPU work is the hardware profile's where it was not measured.
+    ``link_bytes_per_s``: another link than the measured one. Raises UserError for a batch beyond
+    those that were measured.
     """
 
     provenance = "calibrated"
@@ -32,12 +40,21 @@ class CalibratedTiming(RooflineTiming):
         *,
         policy: str | None = None,
         link_bytes_per_s: int | None = None,
+        batch: int = 1,
     ) -> None:
         super().__init__(geometry, hardware)
+        if not times.cover(batch):
+            known = ", ".join(map(str, times.batches))
+            raise UserError(
+                f"times of {times.geometry} with {batch} requests at a time were not measured "
+                f"(with {known} they were): calibrate with that batch, or record another"
+            )
         self._own = times.policies.get(policy or "")
         self.predictor_ns = {**self.predictor_ns, **times.predictor_ns}
-        self._decode = [each for each in times.passes if each.tokens == 1]
-        self._prefill = [each for each in times.passes if each.tokens > 1]
+        self._decode = _decode_passes(times, batch)
+        self._prefill = _prefill_passes(times, batch)
+        # A launch of a decode step of one request assigns one token to each expert.
+        self._most_decoded = batch * geometry.top_k if batch > 1 else 0
         self._hosts: dict[int, HostCosts] = {}
         self._cpu = times.cpu
         self.host = self.host_for(1)
@@ -53,47 +70,48 @@ class CalibratedTiming(RooflineTiming):
             self.cpu_slowdown_ppm = round(times.cpu.slowdown * _PPM)
             self.link_slowdown_cpu_ppm = round(times.cpu.link_slowdown * _PPM)
 
-    def host_for(self, tokens: int) -> HostCosts:
-        """Host costs of a pass of so many tokens."""
-        known = self._hosts.get(tokens)
+    def host_for(self, tokens: int, requests: int = 1) -> HostCosts:
+        """Host costs of a pass of so many tokens of so many requests."""
+        size = 1 if tokens == requests else tokens
+        known = self._hosts.get(size)
         if known is None:
-            known = self._hosts[tokens] = self._host_for(tokens)
+            known = self._hosts[size] = self._host_for(size)
         return known
 
     def _host_for(self, tokens: int) -> HostCosts:
-        low, high, share = self._between(tokens)
-        costs = _mixed(low.host, high.host, share)
+        plain = _mixed(self._step())
+        costs = _mixed(self._between(tokens))
         if self._cpu is not None:
             costs = replace(costs, cpu_start_ns=self._cpu.start_ns)
         if self._own is None:
             return costs
-        costs = _with_policy(costs, self._own, self._decode[0].host)
+        costs = _with_policy(costs, self._own, plain)
         return _with_decode_steps(costs, self._own) if tokens == 1 else costs
 
     def segment_ns(self, layer: int, tokens: int, requests: int, kv_tokens: int) -> int:
         """By layer; decode steps by KV capacity."""
-        self._refuse_batches(requests)
-        if tokens == 1:
-            low, high, share = _around(self._decode, [p.kv_tokens for p in self._decode], kv_tokens)
-        else:
-            low, high, share = self._between(tokens)
-        return _mix(low.segment_ns[layer], high.segment_ns[layer], share)
+        passes = self._step(kv_tokens) if tokens == requests else self._between(tokens)
+        return _mean(passes, lambda each: each.segment_ns[layer])
 
     def experts_ns(self, layer: int, experts: int, assignments: int) -> int:
-        """Decode steps assign one token to each expert; a launch of a prefill more."""
-        if assignments <= experts or not self._prefill:
-            return self._decode[0].experts_ns(experts)
+        """A launch of no more assignments than a decode step has is taken for one of a decode step.
+
+        A prefill's assigns more tokens to an expert.
+        """
+        if assignments <= max(experts, self._most_decoded) or not self._prefill:
+            size = assignments if self._most_decoded else experts
+            return _mean(self._step(), lambda each: each.experts_ns(size))
         tokens = round(assignments / self._geometry.top_k)
-        low, high, share = self._between(max(tokens, 2))
-        return _mix(low.experts_ns(experts), high.experts_ns(experts), share)
+        return _mean(self._between(max(tokens, 2)), lambda each: each.experts_ns(experts))
 
     def experts_ppm(self, experts: int) -> int:
         """A launch beside copies takes a constant longer, whatever its size."""
-        return round(self._beside_ns * _PPM / max(self._decode[0].experts_ns(experts), 1))
+        alone = _mean(self._step(), lambda each: each.experts_ns(experts))
+        return round(self._beside_ns * _PPM / max(alone, 1))
 
     def head_ns(self, requests: int) -> int:
         """Of a decode step."""
-        return self._decode[0].head_ns
+        return _mean(self._step(), lambda each: each.head_ns)
 
     def cpu_experts_ns(self, layer: int, experts: int, assignments: int) -> int:
         """The lane's, from the hand-over; every layer alike."""
@@ -103,46 +121,79 @@ class CalibratedTiming(RooflineTiming):
 
     def combine_ns(self) -> int:
         """As one expert's launch where it was not measured."""
-        return self._decode[0].experts_ns(1) if self._cpu is None else self._cpu.combine_ns
+        if self._cpu is not None:
+            return self._cpu.combine_ns
+        return _mean(self._step(), lambda each: each.experts_ns(1))
 
-    def _between(self, tokens: int) -> tuple[Pass, Pass, float]:
+    def _step(self, kv_tokens: int = 0) -> Weighted:
+        """Decode passes, and how much of each."""
+        return [
+            (each, share * part)
+            for passes, share in self._decode
+            for each, part in _around(passes, [one.kv_tokens for one in passes], kv_tokens)
+        ]
+
+    def _between(self, tokens: int) -> Weighted:
         if tokens == 1 or not self._prefill:
-            return self._decode[0], self._decode[0], 0.0
+            return self._step()
         return _around(self._prefill, [each.tokens for each in self._prefill], tokens)
 
-    @staticmethod
-    def _refuse_batches(requests: int) -> None:
-        if requests > 1:
-            raise ValueError(f"times of {requests} requests at a time were not measured")
+
+def _decode_passes(times: ModelTimes, batch: int) -> list[tuple[list[Pass], float]]:
+    """Those of the measured batches next to ``batch``, and how much of each."""
+    passes = {
+        size: [each for each in times.passes if each.decodes and each.requests == size]
+        for size in times.batches
+    }
+    nearest = _around([passes[size][0] for size in times.batches], list(times.batches), batch)
+    return [(passes[each.requests], share) for each, share in nearest]
 
 
-def _around(passes: Sequence[Pass], sizes: list[int], size: int) -> tuple[Pass, Pass, float]:
-    """The measured passes on both sides, and how far between them."""
+def _prefill_passes(times: ModelTimes, batch: int) -> list[Pass]:
+    """Those of the measured batch nearest to ``batch``."""
+    passes = [each for each in times.passes if not each.decodes]
+    if not passes:
+        return []
+    nearest = min({each.requests for each in passes}, key=lambda size: (abs(size - batch), size))
+    return [each for each in passes if each.requests == nearest]
+
+
+def _around(passes: Sequence[Pass], sizes: list[int], size: int) -> Weighted:
+    """The measured passes on both sides, and how much of each."""
     at = bisect_left(sizes, size)
     if at == 0:
-        return passes[0], passes[0], 0.0
+        return [(passes[0], 1.0)]
     if at == len(passes):
-        return passes[-1], passes[-1], 0.0
+        return [(passes[-1], 1.0)]
+    if sizes[at] == size:
+        return [(passes[at], 1.0)]
     low, high = sizes[at - 1], sizes[at]
-    return passes[at - 1], passes[at], (size - low) / (high - low)
+    share = (size - low) / (high - low)
+    return [(passes[at - 1], 1 - share), (passes[at], share)]
 
 
-def _mix(low: int, high: int, share: float) -> int:
-    return round(low + share * (high - low))
+def _mean(passes: Weighted, value: Callable[[Pass], int]) -> int:
+    return round(sum(share * value(each) for each, share in passes))
 
 
-def _mixed(low: HostTimes, high: HostTimes, share: float) -> HostCosts:
+def _mixed(passes: Weighted) -> HostCosts:
+    def mean(name: str) -> int:
+        return _mean(passes, lambda each: getattr(each.host, name))
+
     names = [name for name in HostTimes.model_fields if name != "next_wave_ns"]
-    mixed = {name: _mix(getattr(low, name), getattr(high, name), share) for name in names}
-    later = [
-        each.decision_ns if each.next_wave_ns is None else each.next_wave_ns for each in (low, high)
-    ]
-    if low.next_wave_ns is None and high.next_wave_ns is None:
-        return HostCosts(**mixed)
-    return HostCosts(**mixed, next_wave_ns=_mix(later[0], later[1], share))
+    costs = HostCosts(**{name: mean(name) for name in names})
+    if all(each.host.next_wave_ns is None for each, _ in passes):
+        return costs
+    return replace(costs, next_wave_ns=_mean(passes, _later_ns))
 
 
-def _with_policy(costs: HostCosts, own: PolicyTimes, plain: HostTimes) -> HostCosts:
+def _later_ns(measured: Pass) -> int:
+    """Of a decision about an event's later waves."""
+    host = measured.host
+    return host.decision_ns if host.next_wave_ns is None else host.next_wave_ns
+
+
+def _with_policy(costs: HostCosts, own: PolicyTimes, plain: HostCosts) -> HostCosts:
     """The policy's decisions cost more or less than those that the pass was measured with."""
     return replace(
         costs,

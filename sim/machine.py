@@ -122,7 +122,7 @@ class Machine:
 
     def _step(self, step: Step, kv_tokens: int, now: int) -> int:
         core = self.core
-        host = self.timing.host_for(step.tokens)
+        host = self.timing.host_for(step.tokens, len(step.requests))
         if host is not self._costs:
             self._use(host)
         now += host.step_ns

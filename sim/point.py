@@ -197,21 +197,25 @@ def resolve_point(inputs: Inputs, point: Point, *, expert_bytes: int | None = No
 def timing_of(point: Point, geometry: Geometry, hardware: Hardware, workload: Workload) -> Timing:
     """Measured times where there are any for this model on this machine, else estimated ones.
 
-    Measured are steps of one request; a workload of batches is estimated unless the point names
-    its times, which is an error then.
+    A workload of batches beyond those that were measured is estimated, unless the point names its
+    times: UserError then.
     """
     times = _measured_times(point, geometry, hardware)
     if times is None:
         return RooflineTiming(geometry, hardware)
-    if workload.max_batch > 1:
+    batch = workload.max_batch
+    if not times.cover(batch):
         if point.timings is None:
             return RooflineTiming(geometry, hardware)
+        known = ", ".join(map(str, times.batches))
         raise UserError(
-            f"--timings {point.timings}: measured with one request at a time, the trace has "
-            f"{workload.max_batch} together; leave --timings out, or record with --batch-size 1"
+            f"--timings {point.timings}: measured with {known} requests at a time, the trace has "
+            f"{batch} together; leave --timings out, or calibrate with --batch-size {batch}"
         )
     link = None if point.link is None else int(hardware.link_bytes_per_s)
-    return CalibratedTiming(geometry, hardware, times, policy=point.label, link_bytes_per_s=link)
+    return CalibratedTiming(
+        geometry, hardware, times, policy=point.label, link_bytes_per_s=link, batch=batch
+    )
 
 
 def _measured_times(point: Point, geometry: Geometry, hardware: Hardware) -> ModelTimes | None:

@@ -174,7 +174,7 @@ class Timed:
 
 def play(tape: Tape, workload: Workload, timing: Timing, *, window: int = 2) -> Timed:
     """Time a tape on one machine. ``window``: chunks handed to the hardware at a time."""
-    hosts = [timing.host_for(step.tokens) for step in workload.steps()]
+    hosts = [timing.host_for(step.tokens, len(step.requests)) for step in workload.steps()]
     until_next, experts, stall, link_busy = _events_ns(tape, workload, timing, window, hosts).T
     segments = _segments_ns(tape, workload, timing)
     heads = np.array([timing.head_ns(len(step.requests)) for step in workload.steps()], np.int64)

@@ -101,8 +101,8 @@ class Timing(ABC):
         """Slowdown of a launch over so many experts while copies run, in millionths."""
         return self.experts_slowdown_ppm
 
-    def host_for(self, tokens: int) -> HostCosts:
-        """Host costs of a step of so many tokens."""
+    def host_for(self, tokens: int, requests: int = 1) -> HostCosts:
+        """Host costs of a step of so many tokens of so many requests."""
         return self.host
 
     def copy_ns(self, nbytes: int) -> int:

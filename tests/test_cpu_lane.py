@@ -119,6 +119,19 @@ def test_results_are_those_of_the_library_and_go_to_their_places(
             assert gap <= 0.02 * expected.float().abs().max()
 
 
+def test_idle_lines_of_a_batch_are_left_alone(ready: ReplayModel, lane: CpuLane) -> None:
+    ids = np.array([[2, 0, 1], [-1, -1, -1], [1, 3, 0], [-1, -1, -1], [0, 1, 4]])
+    hidden = torch.randn((5, 32)).to(torch.bfloat16)
+    hidden[[1, 3]] = float("nan")
+    out = torch.full((15, 32), float("nan"), dtype=torch.bfloat16)
+    lane.start(1, [3, 1], ids, hidden)
+    wait_for(lane)
+    lane.finish(out)
+    assert torch.isfinite(out).all(1).nonzero()[:, 0].tolist() == [2, 6, 7, 13]
+    expected = library_says(ready, 1, 3, hidden[2][None])[0].float()
+    assert (out[7].float() - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
 @pytest.fixture(scope="module")
 def olmoe() -> Iterator[ReplayModel]:
     found = tiny("olmoe")
@@ -208,6 +221,17 @@ def test_groups_are_timed_by_experts_and_by_tokens(olmoe: ReplayModel) -> None:
     assert all(each.ns > 0 for each in groups)
 
 
+def test_a_batchs_lane_has_room_for_its_longest_step(olmoe: ReplayModel) -> None:
+    session = Session(olmoe, ROWS, rows=2, most_tokens=5, cpu_threads=1)
+    assert Session(olmoe, ROWS, rows=2).most_tokens == 2 * ROWS
+    try:
+        rig = LaneRig(session, readback_ns=0)
+        assert [each.tokens for each in rig.groups() if each.experts == 1] == [1, 2, 4]
+        assert rig.start_ns() > 0
+    finally:
+        session.close()
+
+
 # ---------------------------------------------------------------------- whole points
 
 
@@ -235,9 +259,23 @@ def driven(
     model.close()
 
 
+@pytest.fixture
+def seen_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first look at a group comes before it is computed, however fast this machine is."""
+    done, seen = CpuLane.done, set()
+
+    def looked(lane: CpuLane) -> bool:
+        if lane._request in seen:
+            return done(lane)
+        seen.add(lane._request)
+        return False
+
+    monkeypatch.setattr(CpuLane, "done", looked)
+
+
 @pytest.mark.parametrize("policy", ["fiddler", "hybrid-split", "auto"])
 def test_the_model_says_the_same_whoever_computes(
-    driven: tuple[Session, Inputs, list[int]], policy: str
+    driven: tuple[Session, Inputs, list[int]], policy: str, seen_at_work: None
 ) -> None:
     session, inputs, tokens = driven
     point = Point(policy=policy, hardware="h200-pcie5", expert_budget="25%", window=64)

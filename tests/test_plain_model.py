@@ -49,7 +49,7 @@ class OddTiming(Timing):
     ppm_each: int = 0
     provenance = "made up"
 
-    def host_for(self, tokens: int) -> HostCosts:
+    def host_for(self, tokens: int, requests: int = 1) -> HostCosts:
         return self.host if tokens == 1 or self.many_tokens is None else self.many_tokens
 
     def experts_ppm(self, experts: int) -> int:

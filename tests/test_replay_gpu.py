@@ -231,3 +231,162 @@ def test_the_cpu_lanes_results_reach_their_places_and_its_times_are_told(session
     print(times)
     assert 0 < times.start_ns < 10**6
     assert times.ns(top_k, top_k) > times.ns(1, 1) > 0
+
+
+# ---------------------------------------------------------------------- batches
+
+BATCH = 4
+
+
+@pytest.fixture(scope="module")
+def batches(twin: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Five requests of many lengths, four and one at a time, recorded here by the twin itself."""
+    from sim.inputs import Inputs
+    from tests.recorded import record_batches
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        trace = record_batches(
+            Path(os.environ["MOESIM_TWIN"]),
+            tmp_path_factory.mktemp("trace") / "batches",
+            monkeypatch,
+            batch=BATCH,
+            device="cuda",
+        )
+    return Inputs(trace)
+
+
+@pytest.fixture(scope="module")
+def batch_session(twin: Any, batches: Any) -> Any:
+    from replay.play import Session
+
+    # Calibration decodes 60 steps.
+    session = Session.for_workloads(twin, batches.workload("last-use"), at_least=80)
+    yield session
+    session.close()
+
+
+@pytest.fixture(scope="module")
+def batch_resident(batch_session: Any, batches: Any) -> Any:
+    return run(batch_session, batches, "resident", None)
+
+
+@pytest.mark.parametrize("policy", ["lru", "on-demand", "next-gate"])
+def test_a_batchs_tokens_are_those_of_the_resident_model(
+    batch_session: Any, batches: Any, batch_resident: Any, policy: str
+) -> None:
+    from replay.point import decisions, predict_point
+    from tests.machines import FlatTiming
+
+    assert batch_session.rows == BATCH
+    found = run(batch_session, batches, policy, "50%")
+    steps = list(batches.workload("last-use").steps())
+    assert len(found.measured.tokens) == sum(len(step.requests) for step in steps)
+    assert found.measured.tokens == batch_resident.measured.tokens
+    if policy == "next-gate":
+        return
+    simulated = predict_point(
+        batches,
+        found.setting.point,
+        FlatTiming(),
+        expert_bytes=batch_session.ready.layout.nbytes,
+    )
+    assert found.log == decisions(simulated.core)
+    assert found.core.tally == simulated.core.tally
+
+
+@pytest.mark.parametrize("policy", ["fiddler", "hybrid-split", "auto"])
+def test_a_batchs_tokens_are_the_same_whoever_computes(
+    batch_session: Any, batches: Any, batch_resident: Any, policy: str
+) -> None:
+    """Lines that have ended are idle: the CPU's results go to those that run."""
+    from replay.point import decisions, predict_point
+    from sim.inputs import Inputs
+    from tests.machines import FlatTiming
+
+    first = Inputs(batches.trace, fit_requests=(4,))
+    found = run(batch_session, first, policy, "25%")
+    tokens = found.measured.tokens
+    assert tokens == batch_resident.measured.tokens[: len(tokens)]
+    assert found.result["decode"]["cpu"] + found.result["prefill"]["cpu"] > 0
+    if policy == "auto":
+        return
+    nbytes = batch_session.ready.layout.nbytes
+    simulated = predict_point(first, found.setting.point, FlatTiming(), expert_bytes=nbytes)
+    assert found.log == decisions(simulated.core)
+    assert found.core.tally == simulated.core.tally
+
+
+def test_idle_lines_are_no_race_and_one_in_a_batch_is_caught(
+    batch_session: Any, batches: Any, batch_resident: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The NaNs that a race leaves behind do not reach the next run, in idle lines neither."""
+    from replay.cuda_driver import CopyStream
+    from replay.point import forced_steps
+    from replay.slots import SlotRaceError
+
+    steps = forced_steps(batches, batches.workload("last-use"), batch_session.vocabulary)
+    assert any(len(step.lines) < BATCH for step in steps)
+    assert checked(batch_session, steps) == batch_resident.measured.tokens
+
+    def landed(self: Any, event: int) -> bool:
+        self._idle.append(event)
+        return True
+
+    second = next(step.index for step in steps[1:] if step.begins)
+    decode = [step for step in steps[:second] if not step.prefill]
+    decode[0] = replace(decode[0], begins=tuple(range(BATCH)))
+    with monkeypatch.context() as planted:
+        planted.setattr(CopyStream, "landed", landed)
+        with pytest.raises(SlotRaceError, match="step"):
+            checked(batch_session, decode)
+    assert checked(batch_session, steps) == batch_resident.measured.tokens
+
+
+def test_a_batchs_lane_is_calibrated_with_its_lines(batch_session: Any) -> None:
+    from replay.calibrate.lane import cpu_times
+
+    times = cpu_times(batch_session, readback_ns=8_000)
+    print(times)
+    assert 0 < times.start_ns < 10**6
+    assert times.combine_ns >= 0
+
+
+def test_a_batchs_logits_are_near_those_of_the_plain_model(
+    twin: Any, batch_session: Any, batches: Any
+) -> None:
+    """Decoded in graphs with padding masked, against one pass over the whole padded batch."""
+    from replay.play import Replay
+    from replay.point import MODEL, agreement, forced_steps
+    from tests.recorded import plain_logits
+    from tests.test_replay import make_core
+
+    workload = batches.workload("last-use")
+    steps = forced_steps(batches, workload, batch_session.vocabulary, MODEL)
+    replay = Replay(batch_session, make_core(twin, "lru", 0.5))
+    measured = replay.run(steps, keep_logits=True, keep_routing=True)
+    found = torch.stack(measured.logits)
+    path = Path(os.environ["MOESIM_TWIN"])
+    expected = torch.stack(plain_logits(path, steps, BATCH, "cuda"))
+    gap = float((found - expected).abs().max())
+    share = agreement(workload, measured)
+    print(f"largest gap {gap:.4f} of {float(expected.abs().max()):.2f}, routing {share:.4f}")
+    assert gap <= 0.05 * float(expected.abs().max())
+    assert share > 0.98
+
+
+def test_a_batch_is_calibrated_with_its_own_size(batch_session: Any, batches: Any) -> None:
+    from configs.hardware import load_hardware
+    from replay.validation.machine import model_times
+    from sim.calibrated import CalibratedTiming
+
+    hardware = load_hardware("h200-pcie5")
+    geometry = batches.manifest.geometry
+    times = model_times(batch_session, hardware, geometry.name, "bf16", (32,), "here", "a test")
+    assert times.batches == (BATCH,)
+    decode, prefill = times.passes
+    assert (prefill.tokens, prefill.requests) == (32, BATCH)
+    assert decode.experts[-1].experts == BATCH * batch_session.ready.top_k
+    assert sum(decode.segment_ns) > 0
+    timing = CalibratedTiming(geometry, hardware, times, batch=BATCH)
+    assert timing.segment_ns(1, 3, 3, 80) == decode.segment_ns[1]
+    print(decode.host, [each.ns for each in decode.experts])

@@ -21,7 +21,6 @@ from replay.point import Replayed, decisions, predict_point, replay_point  # noq
 from sim.inputs import Inputs  # noqa: E402
 from sim.point import Point  # noqa: E402
 from tests.machines import FlatTiming  # noqa: E402
-from tests.traces import make_trace  # noqa: E402
 from tracer.trace import Trace  # noqa: E402
 
 ROWS = 52  # a prefill of 49 tokens, and 3 steps
@@ -100,12 +99,6 @@ def test_what_the_engine_cannot_run_is_said(session: Session, inputs: Inputs) ->
         replay_point(session, inputs, point("swapmoe", "25%"))
     with pytest.raises(UserError, match="--link-scale emulates a slower link on CUDA only"):
         replay_point(session, inputs, point("lru", "25%"), link_scale=2.0)
-
-
-def test_a_trace_of_batches_is_refused(session: Session, tmp_path: Path) -> None:
-    trace = make_trace(tmp_path / "batches", layers=16, experts=64, top_k=8, batch=2)
-    with pytest.raises(UserError, match="up to 2 requests in a step"):
-        replay_point(session, Inputs(trace), point("lru", "4/layer"))
 
 
 def test_the_command_tells_what_it_measured(shared: Path) -> None:

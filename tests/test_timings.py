@@ -178,6 +178,54 @@ def test_a_prefill_has_host_costs_of_its_own() -> None:
     assert found.host_for(4096).decision_ns == 65_000
 
 
+def batched() -> ModelTimes:
+    """Of one request and of four at a time."""
+    return model_times(
+        a_pass(1),
+        a_pass(8),
+        a_pass(4, scale=3, decision_ns=21_000).model_copy(update={"requests": 4}),
+        a_pass(64, scale=7, decision_ns=93_000).model_copy(update={"requests": 4}),
+    )
+
+
+def test_a_batch_has_times_of_its_own() -> None:
+    found = timing(batched(), batch=4)
+    assert found.host_for(4, 4).decision_ns == 21_000
+    assert found.host.decision_ns == 21_000
+    assert found.segment_ns(2, 4, 4, 128) == 450_006
+    assert found.segment_ns(2, 2, 2, 128) == 450_006  # two have ended, their lines run on
+    assert found.segment_ns(2, 33, 4, 128) == 1_050_014  # a prefill of four prompts
+    assert found.host_for(33, 4).decision_ns == 93_000
+    # By assignments: of 3 experts to 8 tokens.
+    assert found.experts_ns(0, 3, 8) == 31_000
+    assert found.experts_ns(0, 26, 32) == 124_000
+
+
+def test_a_batch_has_the_lanes_times_too() -> None:
+    own = {"slow": PolicyTimes(decision_ns=59_000, awaited_ns=7, copy_issue_ns=8)}
+    times = batched().model_copy(update={"cpu": CPU, "policies": own})
+    for found in (timing(times, batch=4), timing(times, batch=2, policy="slow")):
+        assert (found.host_for(4, 4).cpu_start_ns, found.host_for(33, 4).cpu_start_ns) == (
+            9_000,
+        ) * 2
+        assert found.cpu_experts_ns(0, 2, 10) == 610_000
+        assert found.combine_ns() == 6_000
+    assert timing(times, batch=4).host_for(4, 4).decision_ns == 21_000
+
+
+def test_between_measured_batches_times_are_interpolated() -> None:
+    found = timing(batched(), batch=2)
+    assert found.segment_ns(0, 2, 2, 128) == 250_000
+    assert found.host_for(2, 2).decision_ns == 13_000
+
+
+def test_a_batch_beyond_the_measured_ones_is_refused() -> None:
+    with pytest.raises(UserError, match="5 requests at a time were not measured"):
+        timing(batched(), batch=5)
+    assert batched().cover(3)
+    assert not model_times().cover(2)
+
+
 def test_a_policy_with_times_of_its_own_has_them() -> None:
     own = {"slow": PolicyTimes(decision_ns=59_000, awaited_ns=7, copy_issue_ns=8)}
     found = timing(model_times(policies=own), policy="slow")

@@ -75,7 +75,7 @@ def result(tpot: float, *, stall: float = 1.0, steps: tuple[float, ...] = (1.0, 
     return {
         "itl_ms": times,
         "ttft_ms": {**times, "mean": 100.0},
-        "decode": {"hits": 50, "late": 10, "misses": 20},
+        "decode": {"hits": 50, "late": 10, "misses": 20, "events": 10 * 16},
         "tokens": {"prefill": 4, "decode": 10},
         "h2d_bytes": 1000,
         "breakdown_ms": {
@@ -134,7 +134,7 @@ def test_a_gap_is_relative_to_the_median_measurement() -> None:
 
 
 def test_the_naive_estimate_is_what_it_says() -> None:
-    # 3 copies a token; each 55 MB at 55 GB/s, 1 ms, and 1 + 5 + 3 + 10 us of host time.
+    # 3 copies a step; each 55 MB at 55 GB/s, 1 ms, and 1 + 5 + 3 + 10 us of host time.
     assert naive_ms(judged("lru", 9.0, (9.0,))) == pytest.approx(4 + 3 * (1 + 0.019))
 
 
@@ -348,7 +348,7 @@ def test_predictions_and_measurements_of_a_campaign_become_a_report(
     open_campaign(out, plan)
     ready = from_checkpoint(Path(model), "cpu")
     try:
-        session = Session(ready, inputs.max_context)
+        session = Session.for_workloads(ready, *inputs.workloads)
         targets = predict(session, inputs.judged, times, open_cells(out, plan))
         files = RunFiles(out)
         facts = {**FACTS, "expert_bytes": ready.layout.nbytes}

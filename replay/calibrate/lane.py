@@ -24,6 +24,7 @@ _MOST_TOKENS = 256
 class LaneRig:
     """A session's lane under measurement; each group is of other experts, so that no cache helps.
 
+    A decode step's group: k experts, each for a token of every line of the session's batch.
     ``readback_ns``: as the machine's profile has it.
     """
 
@@ -35,7 +36,9 @@ class LaneRig:
         self.top_k = ready.top_k
         self._layers, self._experts = len(ready.modules), ready.num_experts
         width = self.lane.width
-        rows = session.kv_capacity
+        self._lines = session.rows
+        self._most = min(_MOST_TOKENS, session.most_tokens)
+        rows = max(self._most, self._lines)
         self._hidden = torch.randn((rows, width), device=session.device).to(torch.bfloat16)
         self._out = torch.zeros_like(self._hidden).repeat(self.top_k, 1)
         self._turn = 0
@@ -68,21 +71,20 @@ class LaneRig:
             yield GroupTime(experts=experts, tokens=tokens, ns=ns)
 
     def _sizes(self) -> list[tuple[int, int]]:
-        most = min(_MOST_TOKENS, self.session.kv_capacity)
-        many = [2**n for n in range(1, most.bit_length()) if 2**n <= most]
+        many = [2**n for n in range(1, self._most.bit_length()) if 2**n <= self._most]
         # A prefill may leave more experts to the CPU than a token has.
         wanted = {*range(1, self.top_k + 1), 2 * self.top_k, 4 * self.top_k}
         wide = sorted(count for count in wanted if count <= self._widest())
         return [(1, 1), *((1, tokens) for tokens in many), *((count, 1) for count in wide[1:])]
 
     def _widest(self) -> int:
-        return min(self._experts, self.session.kv_capacity * self.top_k)
+        return min(self._experts, self.session.most_tokens * self.top_k)
 
     def start_ns(self) -> int:
         """Host time of a decode step's hand-over."""
         found = []
         for _ in range(_REPEATS):
-            found.append(self.start(self.top_k, 1))
+            found.append(self._start_step())
             while not self.lane.done():
                 pass
         return _median(found)
@@ -92,7 +94,7 @@ class LaneRig:
         done = torch.cuda.Event()
         found = []
         for _ in range(_REPEATS):
-            self.once(self.top_k, 1)
+            self._step()
             torch.cuda.synchronize()
             self.lane.finish(self._out)
             began = perf_counter_ns()
@@ -104,19 +106,19 @@ class LaneRig:
 
     def slowdown(self) -> float:
         """By which a decode step's group takes longer while copies run."""
-        alone = [self.once(self.top_k, 1) for _ in range(_REPEATS)]
+        alone = [self._step() for _ in range(_REPEATS)]
         traffic = Traffic(self.session)
         traffic.begin()
         beside: list[int] = []
         while len(beside) < _REPEATS:
-            took = self.once(self.top_k, 1)
+            took = self._step()
             if traffic.ended():
                 break
             beside.append(took)
         traffic.finish()
         if not beside:
             raise CalibrationError("copies ended before the first group on the CPU beside them")
-        alone += [self.once(self.top_k, 1) for _ in range(_REPEATS)]
+        alone += [self._step() for _ in range(_REPEATS)]
         return excess(alone, beside).value
 
     def link_slowdown(self) -> float:
@@ -134,7 +136,13 @@ class LaneRig:
 
     def _keep_computing(self) -> None:
         if self.lane.done():
-            self.start(self.top_k, 1)
+            self._start_step()
+
+    def _start_step(self) -> int:
+        return self.start(self.top_k, self._lines)
+
+    def _step(self) -> int:
+        return self.once(self.top_k, self._lines)
 
 
 class Train:

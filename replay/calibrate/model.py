@@ -70,21 +70,36 @@ def _mean_of(runs: Sequence[Run], kind: int) -> int:
 # ---------------------------------------------------------------------- made-up routing
 
 
+def needed(shape: Shape, rows: int) -> int:
+    """Distinct experts of a made-up event of ``rows`` tokens: at most half of a layer's are there.
+
+    More than that and no choice of misses would be left; real rows share experts, too.
+    """
+    return max(min(rows * shape.top_k, shape.experts // 2), shape.top_k)
+
+
 def routing(
-    shape: Shape, steps: int, misses: int, slots: int, first: int = 0
+    shape: Shape, steps: int, misses: int, slots: int, first: int = 0, rows: int = 1
 ) -> Iterator[ForcedStep]:
-    """Decode steps of one token whose events miss ``misses`` of top-k in an LRU of ``slots``."""
-    fixed = shape.top_k - misses
+    """Decode steps of ``rows`` tokens whose events miss ``misses`` experts in an LRU of ``slots``.
+
+    The rows take the event's experts (:func:`needed`) in turn.
+    """
+    distinct = needed(shape, rows)
+    fixed = distinct - misses
     turn = np.arange(fixed, shape.experts)
     if misses and len(turn) - misses < slots - fixed:
         raise ValueError(f"{slots} slots hold the whole turn of {len(turn)} experts")
+    share = np.arange(rows * shape.top_k).reshape(rows, shape.top_k) % distinct
+    requests = tuple(range(first, first + rows))
     for step in range(steps):
         chosen = np.roll(turn, -step * misses)[:misses]
         ids = np.concatenate((np.arange(fixed), chosen)).astype(np.int64)
-        experts = np.tile(ids, (1, shape.layers, 1))
-        begins = (first,) if step == 0 else ()
-        ends = (first,) if step == steps - 1 else ()
-        yield ForcedStep(step, False, begins, ends, np.array([step + 7]), experts)
+        experts = np.tile(ids[share][:, None], (1, shape.layers, 1))
+        begins = requests if step == 0 else ()
+        ends = requests if step == steps - 1 else ()
+        text = np.full(rows, step + 7)
+        yield ForcedStep(step, False, begins, ends, text, experts, np.arange(rows))
 
 
 def spread_routing(shape: Shape, tokens: int, seed: int) -> Ints:
@@ -104,7 +119,10 @@ def _core(shape: Shape, policy: str, slots: int) -> DecisionCore:
 
 
 class ModelRig:
-    """A session's model under measurement. ``readback_ns``: as the machine's profile has it."""
+    """A session's model under measurement, with the session's batch.
+
+    ``readback_ns``: as the machine's profile has it.
+    """
 
     def __init__(self, session: Session, readback_ns: int) -> None:
         ready = session.ready
@@ -122,11 +140,12 @@ class ModelRig:
 
     @cached_property
     def decode(self) -> Pass:
-        """A decode step: host, segments, head, experts' launches."""
+        """A decode step of the whole batch: host, segments, head, experts' launches."""
         runs = {misses: self._run_decode(misses) for misses in sorted({0, 1, 2, self.shape.top_k})}
         experts = self._experts_alone()
         return Pass(
-            tokens=1,
+            tokens=self.session.rows,
+            requests=self.session.rows,
             kv_tokens=self.session.kv_capacity,
             host=self._decode_host(runs),
             **self._chain(runs[0], experts[-1].ns),
@@ -134,18 +153,19 @@ class ModelRig:
         )
 
     def _run_decode(self, misses: int) -> Run:
-        shape = self.shape
-        slots = shape.experts if misses == 0 else min(2 * shape.top_k, shape.experts // 2)
+        shape, rows = self.shape, self.session.rows
+        slots = shape.experts
+        if misses:
+            slots = max(min(2 * shape.top_k, shape.experts // 2), needed(shape, rows))
         core = _core(shape, "lru", slots)
-        return Run.of(
-            Replay(self.session, core).run(list(routing(shape, DECODE_STEPS, misses, slots)))
-        )
+        steps = routing(shape, DECODE_STEPS, misses, slots, rows=rows)
+        return Run.of(Replay(self.session, core).run(list(steps)))
 
     def _decode_host(self, runs: dict[int, Run]) -> HostTimes:
-        resident, all_missed = runs[0], runs[self.shape.top_k]
+        resident, most_missed = runs[0], runs[self.shape.top_k]
         decisions = {n: _median(run.duration[run.settled(DECIDE)]) for n, run in runs.items()}
         idle = _median(resident.duration[resident.settled(ISSUE)])
-        handed = all_missed.settled(ISSUE) & (all_missed.count > 0)
+        handed = most_missed.settled(ISSUE) & (most_missed.count > 0)
         # Of runs with one or two misses an event, and means: after a wait, calls take longer than
         # back to back, and what is rare and long costs as much as it takes.
         few = [runs[misses] for misses in (1, min(2, self.shape.top_k))]
@@ -160,7 +180,9 @@ class ModelRig:
             readback_ns=self.readback_ns,
             decision_ns=decisions[0] + idle,
             awaited_ns=_slope(decisions),
-            copy_issue_ns=_median((all_missed.duration[handed] - idle) // all_missed.count[handed]),
+            copy_issue_ns=_median(
+                (most_missed.duration[handed] - idle) // most_missed.count[handed]
+            ),
             landing_ns=self._landing_ns(runs[1], launch),
         )
 
@@ -191,32 +213,43 @@ class ModelRig:
         return _median(run.duration[waits] + run.duration[waits - 1])
 
     def _experts_alone(self) -> list[ExpertsTime]:
-        """Launches over 1 to k experts on an idle GPU, until the host sees them done."""
-        shape, session = self.shape, self.session
-        pool = SlotPool(session.ready.layout, 4 * shape.top_k, session.device)
+        """Launches over some assignments on an idle GPU, until the host sees them done.
+
+        Of one request over 1 to k, each another expert; of a batch over powers of two to all,
+        which share experts as :func:`routing` has it.
+        """
+        shape, rows = self.shape, self.session.rows
+        pool = self._pool()
         launches = self._launches(pool)
         rng = np.random.default_rng(0)
+        most, distinct = rows * shape.top_k, needed(shape, rows)
 
-        def once(experts: int, repeat: int) -> int:
+        def once(assigned: int, repeat: int) -> int:
             layer = repeat % shape.layers
-            slots = rng.choice(pool.slots, experts, replace=False)
-            named = [*slots.tolist(), *[-1] * (shape.top_k - experts)]
+            slots = rng.choice(pool.slots, distinct, replace=False)
+            named = [*slots[np.arange(assigned) % distinct].tolist(), *[-1] * (most - assigned)]
             return _until_done(lambda: launches.launch(layer, 0, named))
 
         return [
             ExpertsTime(experts=n, ns=self._gpu_ns([once(n, r) for r in range(_REPEATS)]))
-            for n in range(1, shape.top_k + 1)
+            for n in launch_sizes(rows, shape.top_k)
         ]
+
+    def _pool(self) -> SlotPool:
+        """Slots to compute from: more than an event needs, so that they are read from memory."""
+        shape, session = self.shape, self.session
+        count = max(4 * shape.top_k, 2 * needed(shape, session.rows))
+        return SlotPool(session.ready.layout, count, session.device)
 
     @cached_property
     def beside_copies(self) -> tuple[float, int]:
         """What copies beside it do to a segment (a fraction) and to a launch of experts (ns)."""
         shape, session = self.shape, self.session
         captured = session.captured()
-        pool = SlotPool(session.ready.layout, 4 * shape.top_k, session.device)
-        launches = self._launches(pool)
+        launches = self._launches(self._pool())
         traffic = Traffic(session)
-        names = list(range(shape.top_k)), [0, *[-1] * (shape.top_k - 1)]
+        most, distinct = session.rows * shape.top_k, needed(shape, session.rows)
+        names = (np.arange(most) % distinct).tolist(), [0, *[-1] * (most - 1)]
 
         def segment(repeat: int) -> None:
             captured.graphs[1 + repeat % (shape.layers - 1)].replay()
@@ -252,7 +285,10 @@ class ModelRig:
     # ------------------------------------------------------------------ prefill
 
     def prefill(self, tokens: int) -> Pass:
-        """A prefill of ``tokens``, eagerly: with all experts there, with none, and in waves."""
+        """A prefill of ``tokens``, eagerly: with all experts there, with none, and in waves.
+
+        Of a batch, evenly over its requests.
+        """
         shape = self.shape
         there = self._run_prefill("lru", shape.experts, tokens)
         absent = self._run_prefill("on-demand", shape.experts, tokens)
@@ -278,6 +314,7 @@ class ModelRig:
         )
         return Pass(
             tokens=tokens,
+            requests=self.session.rows,
             kv_tokens=self.session.kv_capacity,
             host=host,
             segment_ns=tuple(tails[: shape.layers]),
@@ -288,12 +325,13 @@ class ModelRig:
     def _run_prefill(self, policy: str, slots: int, tokens: int) -> Run:
         """The first passes bring the experts in, compile and allocate: they are left out."""
         text = np.arange(tokens) % 97 + 11
-        steps = [
-            ForcedStep(
-                index, True, (index,), (index,), text, spread_routing(self.shape, tokens, index)
-            )
-            for index in range(_PREFILLS)
-        ]
+        rows = self.session.rows
+        seats = np.arange(tokens) * rows // tokens
+        steps = []
+        for index in range(_PREFILLS):
+            requests = tuple(range(index * rows, (index + 1) * rows))
+            experts = spread_routing(self.shape, tokens, index)
+            steps.append(ForcedStep(index, True, requests, requests, text, experts, seats))
         measured = Replay(self.session, _core(self.shape, policy, slots)).run(steps)
         return PrefillRun.of(measured)
 
@@ -369,6 +407,14 @@ class Traffic:
         """Wait for the rest."""
         self._stream.synchronize()
         self._copies.close()
+
+
+def launch_sizes(rows: int, top_k: int) -> list[int]:
+    """How many assignments to time launches of: all up to k, then in powers of two to all."""
+    if rows == 1:
+        return list(range(1, top_k + 1))
+    most = rows * top_k
+    return [*(2**power for power in range((most - 1).bit_length())), most]
 
 
 def _until_done(launch: Callable[[], object], *, synchronize: bool = True) -> int:

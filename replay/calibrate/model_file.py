@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import ExitStack, closing
+from contextlib import closing
 from pathlib import Path
 
 from configs.errors import UserError
@@ -13,14 +13,17 @@ from configs.hardware import load_hardware
 from configs.timings import ModelTimes, render
 
 
-def parse_sizes(text: str, option: str) -> tuple[int, ...]:
-    """Token counts such as 8,64,512. Raises UserError naming the option."""
+def parse_sizes(text: str, option: str, what: str = "tokens", least: int = 2) -> tuple[int, ...]:
+    """Counts such as 8,64,512, going up. Raises UserError naming the option."""
     try:
         sizes = tuple(int(part) for part in text.split(","))
     except ValueError:
         sizes = ()
-    if not sizes or min(sizes) < 2 or max(sizes) > 1_000_000:
-        raise UserError(f"{option} {text}: give token counts of 2 or more, such as 8,64,512")
+    if not sizes or min(sizes) < least or max(sizes) > 1_000_000:
+        example = ",".join(str(least * size) for size in (4, 8, 16))
+        raise UserError(
+            f"{option} {text}: give numbers of {what}, {least} or more, such as {example}"
+        )
     return tuple(sorted(set(sizes)))
 
 
@@ -32,13 +35,16 @@ def calibrate_model(
     prefill_tokens: tuple[int, ...],
     out: Path,
     replace: bool,
+    batches: tuple[int, ...] = (1,),
+    *,
     cpu: bool = False,
     cpu_threads: int | None = None,
 ) -> ModelTimes:
     """Measure a geometry's or a checkpoint's times and write them to ``out``.
 
-    ``hardware``: the profile that they go with; its readback time is kept. ``cpu``: experts on the
-    CPU, too, on ``cpu_threads`` (None: as many as `moesim replay` takes).
+    ``hardware``: the profile that they go with; its readback time is kept. ``batches``: requests
+    at a time, going up; all but the passes is measured with the first. ``cpu``: experts on the CPU,
+    too, on ``cpu_threads`` (None: as many as `moesim replay` takes).
     """
     from replay.calibrate.cuda import CudaRig
     from replay.calibrate.lane import cpu_times
@@ -59,20 +65,31 @@ def calibrate_model(
     machine = str(CudaRig().facts())
     name = geometry or Path(str(model)).resolve().name
     began = time.monotonic()
-    with ExitStack() as stack:
-        ready = stack.enter_context(closing(open_model(model, geometry, "cuda")))
-        print(f"moesim: {time.monotonic() - began:5.0f} s  the model is loaded", file=sys.stderr)
-        session = stack.enter_context(closing(Session(ready, kv_tokens, cpu_threads)))
-        # Once to compile and to allocate, once to measure.
-        for _ in range(2):
-            times = model_times(
-                session, profile, name, DTYPE, prefill_tokens, machine, command_line()
-            )
+    with closing(open_model(model, geometry, "cuda")) as ready:
+
+        def say(what: str) -> None:
             took = time.monotonic() - began
-            print(f"moesim: {took:5.0f} s  measured", file=sys.stderr, flush=True)
-        if cpu:
-            lane = cpu_times(session, int(profile.readback_ns))
-            times = times.model_copy(update={"cpu": lane})
+            print(f"moesim: {took:5.0f} s  {what}", file=sys.stderr, flush=True)
+
+        def measure(batch: int, lane: bool) -> ModelTimes:
+            most = max(kv_tokens, batch)
+            whole = Session(ready, kv_tokens, rows=batch, most_tokens=most, cpu_threads=cpu_threads)
+            with closing(whole) as session:
+                # Once to compile and to allocate, once to measure.
+                for _ in range(2):
+                    times = model_times(
+                        session, profile, name, DTYPE, prefill_tokens, machine, command_line()
+                    )
+                    say("measured")
+                if not lane:
+                    return times
+                cpu = cpu_times(session, int(profile.readback_ns))
+                return times.model_copy(update={"cpu": cpu})
+
+        say("the model is loaded")
+        measured = [measure(batch, cpu and batch == batches[0]) for batch in batches]
+    passes = tuple(each for times in measured for each in times.passes)
+    times = measured[0].model_copy(update={"passes": passes})
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, render(times).encode())
     return times

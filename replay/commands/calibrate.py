@@ -58,6 +58,9 @@ def calibrate_command(
     prefill_tokens: Annotated[
         str, typer.Option("--prefill-tokens", help="With a model: prefills to measure.")
     ] = "8,64,512",
+    batch_size: Annotated[
+        str, typer.Option("--batch-size", help="With a model: requests at a time, 1 or 1,4,8.")
+    ] = "1",
     cpu: Annotated[
         bool, typer.Option("--cpu", help="With a model: experts on the CPU, too.")
     ] = False,
@@ -79,7 +82,7 @@ def calibrate_command(
 
     require_extra("moesim calibrate")
     if geometry is not None or model is not None:
-        sizes = _model_sizes(geometry, model, prefill_tokens, only)
+        sizes = _model_sizes(geometry, model, prefill_tokens, batch_size, only)
         _calibrate_model(
             geometry, model, base, kv_tokens, sizes, out, replace, cpu=cpu, cpu_threads=cpu_threads
         )
@@ -94,15 +97,19 @@ def calibrate_command(
 
 
 def _model_sizes(
-    geometry: str | None, model: str | None, prefill_tokens: str, only: str | None
-) -> tuple[int, ...]:
+    geometry: str | None, model: str | None, prefill_tokens: str, batch_size: str, only: str | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes of prefill, and of batches."""
     from replay.calibrate.model_file import parse_sizes
 
     if only is not None:
         raise UserError("--only names parts of a machine: leave it out with --geometry or --model")
     if geometry is not None and model is not None:
         raise UserError("give --geometry NAME or --model DIRECTORY, one of them")
-    return parse_sizes(prefill_tokens, "--prefill-tokens")
+    return (
+        parse_sizes(prefill_tokens, "--prefill-tokens"),
+        parse_sizes(batch_size, "--batch-size", "requests", 1),
+    )
 
 
 def _calibrate_model(
@@ -110,7 +117,7 @@ def _calibrate_model(
     model: str | None,
     base: str,
     kv_tokens: int,
-    sizes: tuple[int, ...],
+    sizes: tuple[tuple[int, ...], tuple[int, ...]],
     out: Path,
     replace: bool,
     *,
@@ -119,7 +126,19 @@ def _calibrate_model(
 ) -> None:
     from replay.calibrate.model_file import calibrate_model
 
-    times = calibrate_model(geometry, model, base, kv_tokens, sizes, out, replace, cpu, cpu_threads)
+    prefills, batches = sizes
+    times = calibrate_model(
+        geometry,
+        model,
+        base,
+        kv_tokens,
+        prefills,
+        out,
+        replace,
+        batches,
+        cpu=cpu,
+        cpu_threads=cpu_threads,
+    )
     decode = times.passes[0]
     print(
         f"{out}: {times.geometry} on {times.hardware}: segments {sum(decode.segment_ns) / 1e6:.3f} "

@@ -41,6 +41,13 @@ def replay_command(
         list[str] | None,
         typer.Option("--set", help="Policy parameter or common option, key=value; repeatable."),
     ] = None,
+    routing: Annotated[
+        str,
+        typer.Option(
+            "--routing",
+            help="Whose experts run: trace, or model (its own choice on the trace's text).",
+        ),
+    ] = "trace",
     link_scale: Annotated[
         float, typer.Option("--link-scale", help="Emulate a link so many times slower.")
     ] = 1.0,
@@ -67,6 +74,10 @@ def replay_command(
 ) -> None:
     """Run a policy on real hardware: a trace's routing, real copies, real kernels.
 
+    The text is the trace's, token by token, in its batches. With --routing model the experts are
+    those that the model chooses for it, and policies that read what the trace recorded of its own
+    routing, or its future, are refused.
+
     Example: moesim replay --geometry olmoe-1b-7b --trace sample --policy lru --expert-budget 25%
     --hardware h200-pcie5
     """
@@ -75,13 +86,15 @@ def replay_command(
     require_extra("moesim replay")
     from replay.open import open_model, weights_of
     from replay.play import Session
-    from replay.point import replay_point
+    from replay.point import ROUTINGS, replay_point
     from sim.commands import parse_point, parse_settings
     from sim.point import inputs_for, timed_geometry
     from tracer.trace import Trace
 
     if not 1 <= link_scale <= 100:
         raise UserError(f"--link-scale {link_scale:g}: give 1 (the link as it is) to 100")
+    if routing not in ROUTINGS:
+        raise UserError(f"--routing {routing}: choose {' or '.join(ROUTINGS)}")
     point = parse_point(
         policy=policy,
         params=parse_settings(settings or []),
@@ -96,9 +109,9 @@ def replay_command(
     inputs = inputs_for(Trace.open(trace), point)
     timed_geometry(inputs, point)  # another shape is told before a model is loaded
     with closing(open_model(model, geometry, device)) as ready:
-        context = inputs.workload(point.touch_order).max_context
-        with closing(Session(ready, context, cpu_threads)) as session:
-            run = replay_point(session, inputs, point, link_scale=link_scale)
+        workload = inputs.workload(point.touch_order)
+        with closing(Session.for_workloads(ready, workload, cpu_threads=cpu_threads)) as session:
+            run = replay_point(session, inputs, point, link_scale=link_scale, routing=routing)
         result = {**run.result, "weights": ready.source, "device": str(session.device)}
         told = weights_of(ready)
     for note in result["notes"]:
@@ -116,6 +129,11 @@ def _print(result: dict[str, Any], told: str) -> None:
     )
     print(f"{result['label']} on {result['device']}, {result['geometry']} (measured{emulated})")
     print(told)
+    if result["batch"] > 1:
+        print(f"batch    {result['batch']} requests at a time")
+    if result["routing_agreement"] is not None:
+        share = f"{result['routing_agreement']:.1%}"
+        print(f"routing  the model's own on the trace's text; {share} of the trace's experts")
     memory = result["memory"]
     slots = f"{memory['slots']} expert slots, {format_bytes(memory['slots_bytes'])}"
     peak = result["peak_memory_bytes"]

@@ -25,6 +25,7 @@ from sim.inputs import Inputs
 from sim.point import Point
 from sim.spans import chrome_trace
 from tracer.trace import Trace
+from tracer.workload import Workload
 
 _CLOSING_S = 20.0  # canary, report and picture
 _SETUP_S = 1.0  # of a point's run beside its steps, until it was measured
@@ -72,11 +73,9 @@ class PlanInputs:
         self.geometry = plan.geometry or trace.manifest.geometry.name
 
     @property
-    def max_context(self) -> int:
-        """The longest request of both."""
-        return max(
-            inputs.workload("last-use").max_context for inputs in (self.judged, self.calibration)
-        )
+    def workloads(self) -> list[Workload]:
+        """Of both."""
+        return [inputs.workload("last-use") for inputs in (self.judged, self.calibration)]
 
 
 def run_campaign(
@@ -85,8 +84,9 @@ def run_campaign(
     """One run: as many of the open cells as the clock allows. Returns one for the timeline."""
     cells = open_cells(out, plan)
     say(f"{len(cells)} points to measure; the model is loaded")
-    longest = max([inputs.max_context, *(tokens + 1 for tokens in plan.prefill_tokens)])
-    with closing(Session(ready, longest)) as session:
+    longest = max((tokens + 1 for tokens in plan.prefill_tokens), default=1)
+    whole = Session.for_workloads(ready, *inputs.workloads, at_least=longest)
+    with closing(whole) as session:
         return _run(out, plan, inputs, session, cells, say)
 
 

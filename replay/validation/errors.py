@@ -78,8 +78,9 @@ def naive_ms(judged: Judged) -> float:
     """
     run = judged.run
     decode = judged.predicted["decode"]
-    tokens = judged.predicted["tokens"]["decode"]
-    copies = (decode["misses"] + decode["late"]) / tokens
+    # A step gives a token to every request of a batch, and its copies are shared.
+    steps = decode["events"] / len(run.times.passes[0].segment_ns)
+    copies = (decode["misses"] + decode["late"]) / steps
     host = run.times.passes[0].host
     each = host.awaited_ns + host.copy_issue_ns + host.landing_ns + host.experts_launch_ns
     rate = run.times.link.bytes_per_s / judged.cell.link_scale

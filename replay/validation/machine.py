@@ -32,10 +32,13 @@ def model_times(
     machine: str,
     source: str,
 ) -> ModelTimes:
-    """Segments, experts, host, link and predictors of a session's model."""
+    """Segments, experts, host, link and predictors of a session's model, with its batch.
+
+    ``prefill_tokens``: of the whole batch; sizes of a token a request or less are left out.
+    """
     rig = ModelRig(session, int(hardware.readback_ns))
     segment_slowdown, experts_beside_ns = rig.beside_copies
-    sizes = sorted(set(prefill_tokens) - {1})
+    sizes = sorted(tokens for tokens in set(prefill_tokens) if tokens > session.rows)
     return ModelTimes(
         hardware=hardware.name,
         geometry=geometry,

@@ -21,7 +21,7 @@ class ValidationPlan(BaseModel):
     ``requests``: those that are judged. ``calibration_requests``: others, on which each policy's
     host time is measured at ``calibration_budget``, which is none of ``budgets``. ``fit_requests``:
     again others, from which fitted policies learn. ``link_scales``: 1, and emulated slower links.
-    ``prefill_tokens``: sizes of prefill to calibrate.
+    ``prefill_tokens``: sizes of prefill to calibrate, of a whole batch where the trace has batches.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -67,6 +67,7 @@ def _predict(session: Session, inputs: Inputs, times: ModelTimes, cell: Cell) ->
         setting.hardware,
         times.model_copy(update={"link": scaled(times.link, cell.link_scale)}),
         policy=cell.point.label,
+        batch=session.rows,
     )
     found = predict_point(inputs, cell.point, timing, expert_bytes=nbytes)
     return Target(

@@ -205,7 +205,7 @@ class PlainModel:
 
     def _step(self, step: Step) -> Steps:
         core = self.core
-        self.host = self.timing.host_for(step.tokens)
+        self.host = self.timing.host_for(step.tokens, len(step.requests))
         yield self._host_event(self.host.step_ns)
         for request in step.begins:
             core.request_begin(request)
