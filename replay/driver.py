@@ -95,8 +95,9 @@ class Driver:
         core, ledger = self.core, self.ledger
         if self.routing is not None:
             self.routing.append(np.array(ids))
-        keys, tokens = self._distinct(layer, ids)
+        # What lands while the host counts has not landed at the gate.
         self._take_in()
+        keys, tokens = self._distinct(layer, ids)
         if self._previous >= 0:
             core.experts_done(self._previous)
         self._previous = layer
@@ -131,8 +132,11 @@ class Driver:
         event = self._reached
         if event is not None:
             event.record()
-            while not event.query():
-                self.spin()
+        # A spin begins with a refill, also where there is nothing to wait for (the contract): the
+        # host was busy with a whole segment, and chunks have landed meanwhile.
+        self.spin()
+        while event is not None and not event.query():
+            self.spin()
         self.ledger.mark(GPU, layer)
 
     def spin(self) -> None:

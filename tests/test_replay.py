@@ -91,6 +91,15 @@ def test_the_replay_decides_what_the_simulator_decides(
     assert len(measured.times.end) == len(steps)
 
 
+def test_a_wait_begins_with_a_refill(twin: ReplayModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the device has run everything: the contract's spin."""
+    driver = Replay(Session(twin, 8), make_core(twin, "lru", 0.25)).eager.driver
+    spins: list[None] = []
+    monkeypatch.setattr(driver, "spin", lambda: spins.append(None))
+    driver.wait(0)
+    assert len(spins) == 1
+
+
 def test_outputs_are_those_of_the_whole_model(twin: ReplayModel, shared: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -17,6 +17,7 @@ import cli  # noqa: E402
 from configs.errors import UserError  # noqa: E402
 from configs.timings import LinkTimes, render  # noqa: E402
 from replay.breakdown import COMPONENTS  # noqa: E402
+from replay.commands import validate  # noqa: E402
 from replay.model import from_checkpoint  # noqa: E402
 from replay.play import Session  # noqa: E402
 from replay.validation.campaign import PlanInputs, choose, shown, timelines  # noqa: E402
@@ -278,6 +279,18 @@ def test_a_campaign_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
     assert open_cells(out, plan) == []
     assert [each.run.number for each in read_campaign(out, plan)] == [1, *[2] * 7]
     assert read_campaign(out, plan)[0].run.times == model_times()
+
+
+def test_a_report_grows_with_its_campaign(tmp_path: Path) -> None:
+    plan, out = plan_of(tmp_path), tmp_path / "out"
+    open_campaign(out, plan)
+    cells = list(cells_of(plan))
+    for some in (cells[:2], cells[2:]):
+        a_run(out, some, [(cell, repeat) for cell in some for repeat in range(3)])
+        report = validate._report(out, plan)
+    assert len(report["points"]) == 8
+    assert [run["number"] for run in report["runs"]] == [1, 2]
+    assert (out / "scatter.png").is_file()
 
 
 def test_the_first_full_measurement_of_a_point_stays(tmp_path: Path) -> None:

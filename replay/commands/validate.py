@@ -85,6 +85,8 @@ def _report(out: Path, plan: Any) -> dict[str, Any]:
     if not judged:
         raise UserError(f"{out}: no point has been measured {plan.repeats} times yet: run it again")
     report = write_report(out, plan, judged)
+    for drawn in out.glob("scatter.*"):
+        drawn.unlink()  # of the points before
     draw_scatter([report], out)
     return report
 

@@ -19,11 +19,14 @@ _KINDS = (
 
 
 def draw_scatter(reports: Sequence[dict[str, Any]], out: Path) -> list[Path]:
-    """TPOT and exposed stall, measured on x, predicted on y; the naive estimate in grey."""
+    """TPOT and exposed stall, measured on x, predicted on y; the naive estimate in grey.
+
+    Beside them the error of TPOT, with the spread of the measurements as a bar.
+    """
     rows = [row for report in reports for row in report["points"]]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.5, 4.4), layout="constrained")
-        left, right = figure.subplots(1, 2)
+        figure = Figure(figsize=(13.5, 4.6), layout="constrained")
+        left, middle, right = figure.subplots(1, 3)
         _draw(left, rows, "tpot_ms", "time a token, ms")
         left.scatter(
             [row["figures"]["tpot_ms"]["measured"] for row in rows],
@@ -34,7 +37,8 @@ def draw_scatter(reports: Sequence[dict[str, Any]], out: Path) -> list[Path]:
             linewidths=0.8,
             label="naive: resident + bytes / bandwidth + c x misses",
         )
-        _draw(right, rows, "stall_ms", "exposed stall a token, ms")
+        _draw(middle, rows, "stall_ms", "exposed stall a token, ms")
+        _draw_errors(right, rows)
         left.legend(loc="upper left", fontsize=8)
         names = "; ".join(report["plan"]["name"] for report in reports)
         machine = reports[0]["runs"][0]["machine"].split(",")[0]
@@ -45,6 +49,33 @@ def draw_scatter(reports: Sequence[dict[str, Any]], out: Path) -> list[Path]:
             fontsize=10,
         )
         return save_figure(figure, out, "scatter")
+
+
+def _draw_errors(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    for kind, _, colour, marker in _KINDS:
+        found = [row["figures"]["tpot_ms"] for row in rows if row["time_independent"] is kind]
+        if not found:
+            continue
+        axes.errorbar(
+            [each["measured"] for each in found],
+            [each["error"] * 100 for each in found],
+            yerr=[each["spread"] * 50 for each in found],
+            fmt=marker,
+            markersize=4.5,
+            color=colour,
+            markeredgecolor="white",
+            markeredgewidth=0.4,
+            elinewidth=0.7,
+            zorder=3,
+        )
+    axes.axhline(0, color=INK, linewidth=0.8, zorder=1)
+    axes.axhspan(-5, 5, color="#EEEEEE", zorder=0)
+    axes.set_xscale("log")
+    axes.set_title("error of time a token, %; bars: measured spread")
+    axes.set_xlabel("measured, ms")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw(axes: Any, rows: Sequence[dict[str, Any]], name: str, title: str) -> None:
