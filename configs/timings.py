@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from configs.errors import UserError
 from configs.load import read_yaml
@@ -103,15 +103,31 @@ class PolicyTimes(_Strict):
     """Host time in runs of one policy, in place of that of the pass.
 
     The last three in decode steps only, and None where they were not measured: after long waits
-    and much work in between, the same call takes longer.
+    and much work in between, the same call takes longer. ``expert_share``: of all experts' bytes,
+    what the slots of the measured run were allowed; None: it was not told.
     """
 
+    expert_share: float | None = Field(default=None, gt=0, le=1)
     decision_ns: Ns
     awaited_ns: Ns
     copy_issue_ns: Ns
     step_ns: Ns | None = None
     segment_launch_ns: Ns | None = None
     experts_launch_ns: Ns | None = None
+
+
+def _between(low: PolicyTimes, high: PolicyTimes, expert_share: float) -> PolicyTimes:
+    """On a line through two; what one of them lacks is lacking."""
+    assert low.expert_share is not None
+    assert high.expert_share is not None
+    part = (expert_share - low.expert_share) / (high.expert_share - low.expert_share)
+
+    def mean(name: str) -> Any:
+        one, other = getattr(low, name), getattr(high, name)
+        return None if one is None or other is None else round(one + part * (other - one))
+
+    names = PolicyTimes.model_fields.keys() - {"expert_share"}
+    return PolicyTimes(expert_share=expert_share, **{name: mean(name) for name in names})
 
 
 class LinkTimes(_Strict):
@@ -181,8 +197,11 @@ class ModelTimes(_Strict):
     """One model on one machine.
 
     ``machine``: GPU, driver, software; ``source``: the command. ``predictor_ns``: as the hardware
-    profile has them, in place of those. ``policies``: by label (name and given parameters).
+    profile has them, in place of those. ``policies``: by label (name and given parameters), of
+    each at one share of the experts or more, going up; an older file has one without a share.
     ``cpu``: None: it was not measured, and the hardware profile's figures stand in.
+    ``workspace_bytes``: most GPU memory of the engine beside non-expert weights, KV cache and
+    expert slots, in prefills up to the largest of ``passes``; None: it was not measured.
     """
 
     hardware: str = Field(min_length=1)
@@ -196,8 +215,35 @@ class ModelTimes(_Strict):
     experts_beside_ns: Ns
     """By which a launch of experts takes longer while copies run."""
     predictor_ns: dict[str, Ns] = Field(default_factory=dict)
-    policies: dict[str, PolicyTimes] = Field(default_factory=dict)
+    policies: dict[str, Annotated[tuple[PolicyTimes, ...], Field(strict=False, min_length=1)]] = (
+        Field(default_factory=dict)
+    )
     cpu: CpuTimes | None = None
+    workspace_bytes: int | None = Field(default=None, ge=0)
+
+    @field_validator("policies", mode="before")
+    @classmethod
+    def _at_one_share(cls, value: Any) -> Any:
+        """Files of one share a policy have its times without a list."""
+        if not isinstance(value, dict):
+            return value
+        single = (dict, PolicyTimes)
+        return {
+            label: (times,) if isinstance(times, single) else times
+            for label, times in value.items()
+        }
+
+    @field_validator("policies")
+    @classmethod
+    def _by_share(cls, value: dict[str, tuple[PolicyTimes, ...]]) -> Any:
+        for label, times in value.items():
+            shares = [each.expert_share for each in times]
+            known = [share for share in shares if share is not None]
+            if times[1:] and (len(known) < len(shares) or known != sorted(set(known))):
+                raise ValueError(
+                    f"{label}: expert_share must go up from entry to entry, got {shares}"
+                )
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -214,6 +260,23 @@ class ModelTimes(_Strict):
     def batches(self) -> tuple[int, ...]:
         """Requests at a time whose decode steps were measured, going up."""
         return tuple(sorted({each.requests for each in self.passes if each.decodes}))
+
+    def policy_at(self, label: str, expert_share: float | None) -> PolicyTimes | None:
+        """A policy's times where the slots hold that share of all experts' bytes.
+
+        Interpolated between the measured shares; beyond them the nearest one's, and without a share
+        the middle one's. None: the policy was not measured.
+        """
+        known = self.policies.get(label)
+        if known is None:
+            return None
+        if expert_share is None:
+            return known[len(known) // 2]
+        shares = [each.expert_share or 0.0 for each in known]
+        at = bisect_left(shares, expert_share)
+        if at in (0, len(known)) or shares[at] == expert_share:
+            return known[min(at, len(known) - 1)]
+        return _between(known[at - 1], known[at], expert_share)
 
     def cover(self, batch: int) -> bool:
         """Whether times of so many requests at a time follow from the measured ones."""

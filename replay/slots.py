@@ -25,6 +25,11 @@ class SlotRaceError(RuntimeError):
     """An expert was computed from a slot before all of it was there: a fault of the engine."""
 
 
+def scratch_bytes(expert_bytes: int, link_scale: float) -> int:
+    """Device memory that emulating a link so many times slower takes; none for the link itself."""
+    return int(expert_bytes * (link_scale - 1)) + 1 if link_scale > 1 else 0
+
+
 class SlotPool:
     """``slots`` experts' places on ``device``; the core numbers them.
 
@@ -84,16 +89,17 @@ class CopyEngine:
         self.chunks = 0
         self.nbytes = 0
         self._more = scale - 1
-        self._scratch = self._scratch_area(max(core.shape.bytes_by_layer)) if scale > 1 else None
+        largest = max(core.shape.bytes_by_layer)
+        self._scratch = self._scratch_area(largest, scale) if scale > 1 else None
 
-    def _scratch_area(self, nbytes: int) -> torch.Tensor:
+    def _scratch_area(self, nbytes: int, scale: float) -> torch.Tensor:
         """As many bytes as follow the largest chunk."""
         if not self.cuda:
             raise UserError("--link-scale emulates a slower link on CUDA only; use --device cuda")
-        size = int(nbytes * self._more) + 1
+        size = scratch_bytes(nbytes, scale)
         if size > self._source.numel():
             raise UserError(
-                f"--link-scale {self._more + 1:g}: the host's experts are too few for it; "
+                f"--link-scale {scale:g}: the host's experts are too few for it; "
                 f"give less than {self._source.numel() // nbytes}"
             )
         with enough_memory("a slower link's scratch area", "give a smaller --link-scale or budget"):

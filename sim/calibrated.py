@@ -26,8 +26,10 @@ class CalibratedTiming(RooflineTiming):
     interpolated; beyond them the nearest prefill and capacity hold, the experts' in proportion to
     the tokens. A decode step whose batch has thinned out takes as long as a full one: the engine
     computes all its lines. CPU work is the hardware profile's where it was not measured.
-    ``link_bytes_per_s``: another link than the measured one. Raises UserError for a batch beyond
-    those that were measured.
+    ``link_bytes_per_s``: another link than the measured one. ``expert_share``: the slots' share of
+    all experts' bytes, between which the policy's own host times are interpolated (beyond what was
+    measured the nearest, without one the middle). Raises UserError for a batch beyond those that
+    were measured.
     """
 
     provenance = "calibrated"
@@ -39,6 +41,7 @@ class CalibratedTiming(RooflineTiming):
         times: ModelTimes,
         *,
         policy: str | None = None,
+        expert_share: float | None = None,
         link_bytes_per_s: int | None = None,
         batch: int = 1,
     ) -> None:
@@ -49,7 +52,7 @@ class CalibratedTiming(RooflineTiming):
                 f"times of {times.geometry} with {batch} requests at a time were not measured "
                 f"(with {known} they were): calibrate with that batch, or record another"
             )
-        self._own = times.policies.get(policy or "")
+        self._own = times.policy_at(policy or "", expert_share)
         self.predictor_ns = {**self.predictor_ns, **times.predictor_ns}
         self._decode = _decode_passes(times, batch)
         self._prefill = _prefill_passes(times, batch)

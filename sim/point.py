@@ -173,6 +173,7 @@ def resolve_point(inputs: Inputs, point: Point, *, expert_bytes: int | None = No
         geometry = geometry.model_copy(update={"expert_bytes_by_layer": sizes})
     hardware = timed_hardware(point)
     workload = inputs.workload(point.touch_order)
+    memory = resolve(geometry, workload, *_budgets(info, point))
     shape = Shape(
         layers=geometry.num_moe_layers,
         experts=geometry.num_experts,
@@ -188,17 +189,28 @@ def resolve_point(inputs: Inputs, point: Point, *, expert_bytes: int | None = No
         geometry=geometry,
         hardware=hardware,
         workload=workload,
-        memory=resolve(geometry, workload, *_budgets(info, point)),
+        memory=memory,
         shape=shape,
-        timing=timing_of(point, geometry, hardware, workload),
+        timing=timing_of(point, geometry, hardware, workload, expert_share(memory, geometry)),
     )
 
 
-def timing_of(point: Point, geometry: Geometry, hardware: Hardware, workload: Workload) -> Timing:
+def expert_share(memory: MemoryBudget, geometry: Geometry) -> float:
+    """Of all experts' bytes, what the slots may take; staging slots are among them."""
+    return min(memory.expert_bytes / geometry.expert_bytes_total, 1.0)
+
+
+def timing_of(
+    point: Point,
+    geometry: Geometry,
+    hardware: Hardware,
+    workload: Workload,
+    share: float | None = None,
+) -> Timing:
     """Measured times where there are any for this model on this machine, else estimated ones.
 
-    A workload of batches beyond those that were measured is estimated, unless the point names its
-    times: UserError then.
+    ``share``: as :func:`expert_share`. A workload of batches beyond those that were measured is
+    estimated, unless the point names its times: UserError then.
     """
     times = _measured_times(point, geometry, hardware)
     if times is None:
@@ -214,7 +226,13 @@ def timing_of(point: Point, geometry: Geometry, hardware: Hardware, workload: Wo
         )
     link = None if point.link is None else int(hardware.link_bytes_per_s)
     return CalibratedTiming(
-        geometry, hardware, times, policy=point.label, link_bytes_per_s=link, batch=batch
+        geometry,
+        hardware,
+        times,
+        policy=point.label,
+        expert_share=share,
+        link_bytes_per_s=link,
+        batch=batch,
     )
 
 

@@ -391,7 +391,7 @@ class FakeSession:
 def test_batches_and_the_cpu_are_calibrated_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One file: passes of every batch; the CPU's times are those beside the first."""
+    """One file: passes of every batch, the most workspace; the CPU's times beside the first."""
     from replay.calibrate.model_file import calibrate_model
 
     made: list[FakeSession] = []
@@ -407,7 +407,7 @@ def test_batches_and_the_cpu_are_calibrated_together(
     def passes(session: FakeSession, *given: Any) -> Any:
         rows = session.rows
         sizes = [each.model_copy(update={"requests": rows}) for each in (a_pass(rows), a_pass(64))]
-        return model_times(*sizes)
+        return model_times(*sizes, workspace_bytes={1: 10, 4: 900, 32: 80}[rows])
 
     facts = SimpleNamespace(facts=lambda: "a machine")
     monkeypatch.setattr("replay.calibrate.cuda.CudaRig", lambda: facts)
@@ -422,6 +422,7 @@ def test_batches_and_the_cpu_are_calibrated_together(
     calibrate_model(*given, cpu=True, cpu_threads=5)
     found = load_timings(out)
     assert (found.batches, found.cpu) == ((1, 4, 32), CPU)
+    assert found.workspace_bytes == 900
     assert [(each.rows, each.most_tokens) for each in made] == [(1, 100), (4, 100), (32, 100)]
     assert all(each.closed for each in made)
 

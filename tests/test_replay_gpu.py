@@ -233,6 +233,34 @@ def test_the_cpu_lanes_results_reach_their_places_and_its_times_are_told(session
     assert times.ns(top_k, top_k) > times.ns(1, 1) > 0
 
 
+@pytest.mark.parametrize(
+    ("policy", "budget", "link_scale"),
+    [("lru", "12.5%", 1.0), ("lru", "50%", 2.2), ("next-gate", "25%", 1.0)],
+)
+def test_peak_memory_is_what_was_calibrated(
+    session: Any, inputs: Any, policy: str, budget: str, link_scale: float
+) -> None:
+    """The workspace measured with few slots and made-up routing, at other slots, on a trace."""
+    import gc
+
+    from replay.calibrate.model import ModelRig, held_bytes
+    from replay.point import replay_point
+    from replay.slots import scratch_bytes
+    from sim.point import Point
+
+    session.predictors()
+    largest = inputs.workload("last-use").max_step_tokens
+    workspace = ModelRig(session, 8_000).workspace_bytes(largest)
+    gc.collect()
+    torch.cuda.empty_cache()
+    point = Point(policy=policy, hardware="h200-pcie5", expert_budget=budget)
+    found = replay_point(session, inputs, point, link_scale=link_scale).result
+    scratch = scratch_bytes(session.ready.layout.nbytes, link_scale)
+    rest = found["peak_memory_bytes"] - held_bytes(session, found["memory"]["slots"]) - scratch
+    print(f"{policy} {budget} x{link_scale:g}: workspace {workspace}, in the run {rest}")
+    assert workspace == pytest.approx(rest, rel=0.03)
+
+
 # ---------------------------------------------------------------------- batches
 
 BATCH = 4
@@ -383,6 +411,8 @@ def test_a_batch_is_calibrated_with_its_own_size(batch_session: Any, batches: An
     geometry = batches.manifest.geometry
     times = model_times(batch_session, hardware, geometry.name, "bf16", (32,), "here", "a test")
     assert times.batches == (BATCH,)
+    assert times.workspace_bytes is not None
+    assert times.workspace_bytes > 0
     decode, prefill = times.passes
     assert (prefill.tokens, prefill.requests) == (32, BATCH)
     assert decode.experts[-1].experts == BATCH * batch_session.ready.top_k

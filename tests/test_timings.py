@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -92,6 +93,85 @@ def written(tmp_path: Path, times: ModelTimes) -> Path:
 def test_a_file_reads_as_it_was_written(tmp_path: Path) -> None:
     times = model_times(policies={"lru": PolicyTimes(decision_ns=1, awaited_ns=2, copy_issue_ns=3)})
     assert load_timings(written(tmp_path, times)) == times
+
+
+def at_share(share: float | None, ns: int, **given: Any) -> PolicyTimes:
+    return PolicyTimes(
+        expert_share=share, decision_ns=ns, awaited_ns=ns // 10, copy_issue_ns=8, **given
+    )
+
+
+def test_a_policys_times_by_share_read_as_they_were_written(tmp_path: Path) -> None:
+    times = model_times(policies={"lru": (at_share(0.1875, 50_000), at_share(0.625, 30_000))})
+    assert load_timings(written(tmp_path, times)) == times
+
+
+def test_older_files_have_one_entry_a_policy(tmp_path: Path) -> None:
+    times = model_times(policies={"lru": (at_share(None, 50_000),)})
+    path = written(tmp_path, times)
+    data = yaml.safe_load(path.read_text())
+    (data["policies"]["lru"],) = data["policies"]["lru"]
+    del data["policies"]["lru"]["expert_share"], data["workspace_bytes"]
+    path.write_text(yaml.safe_dump(data))
+    assert load_timings(path) == times
+    for share in (None, 0.1, 0.9):
+        assert timing(times, policy="lru", expert_share=share).host.decision_ns == 50_000
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.25), (0.25, 0.25), (0.25, None), (None, None)])
+def test_shares_must_go_up(shares: tuple[float | None, ...]) -> None:
+    with pytest.raises(ValueError, match="lru: expert_share must go up"):
+        model_times(policies={"lru": tuple(at_share(share, 1) for share in shares)})
+
+
+@pytest.mark.parametrize(
+    ("share", "decision_ns", "awaited_ns"),
+    [
+        (0.1, 50_000, 5_000),  # the nearest
+        (0.2, 50_000, 5_000),
+        (0.3, 45_000, 4_500),
+        (0.4, 40_000, 4_000),
+        (0.5, 35_000, 3_500),
+        (0.6, 30_000, 3_000),
+        (1.0, 30_000, 3_000),
+        (None, 40_000, 4_000),  # the middle one
+    ],
+)
+def test_a_policys_times_are_interpolated_by_share(
+    share: float | None, decision_ns: int, awaited_ns: int
+) -> None:
+    known = (at_share(0.2, 50_000), at_share(0.4, 40_000), at_share(0.6, 30_000))
+    found = timing(model_times(policies={"slow": known}), policy="slow", expert_share=share)
+    assert (found.host.decision_ns, found.host.awaited_ns) == (decision_ns, awaited_ns)
+    assert found.host_for(64).decision_ns == 65_000 + decision_ns - 9_000
+
+
+def test_what_was_not_measured_at_both_shares_is_the_passs() -> None:
+    known = (at_share(0.2, 9, step_ns=10_000, segment_launch_ns=2_000), at_share(0.4, 9))
+    known = (known[0], known[1].model_copy(update={"step_ns": 20_000}))
+    found = timing(model_times(policies={"slow": known}), policy="slow", expert_share=0.3).host
+    assert (found.step_ns, found.segment_launch_ns) == (15_000, HOST.segment_launch_ns)
+
+
+def test_a_simulation_takes_a_policys_times_at_its_own_share(tmp_path: Path) -> None:
+    def tpot(expert_budget: str, *entries: PolicyTimes) -> float:
+        times = model_times(policies={"lru": entries} if entries else {})
+        found = simulate(
+            trace="sample",
+            timings=str(written(tmp_path, times)),
+            geometry="olmoe-1b-7b",
+            hardware="h200-pcie5",
+            policy="lru",
+            expert_budget=expert_budget,
+            max_tokens=60,
+        )
+        return float(found["tpot_ms.mean"][0])
+
+    low, high = at_share(0.25, 900_000), at_share(0.75, 100_000)
+    middle = at_share(0.5, 500_000)
+    for budget, nearest in (("12.5%", low), ("25%", low), ("50%", middle), ("75%", high)):
+        assert tpot(budget, low, high) == tpot(budget, nearest)
+    assert tpot("50%", low) > tpot("50%", low, high) > tpot("50%", high)
 
 
 def test_between_measured_sizes_times_are_interpolated() -> None:
@@ -202,7 +282,7 @@ def test_a_batch_has_times_of_its_own() -> None:
 
 
 def test_a_batch_has_the_lanes_times_too() -> None:
-    own = {"slow": PolicyTimes(decision_ns=59_000, awaited_ns=7, copy_issue_ns=8)}
+    own = {"slow": (PolicyTimes(decision_ns=59_000, awaited_ns=7, copy_issue_ns=8),)}
     times = batched().model_copy(update={"cpu": CPU, "policies": own})
     for found in (timing(times, batch=4), timing(times, batch=2, policy="slow")):
         assert (found.host_for(4, 4).cpu_start_ns, found.host_for(33, 4).cpu_start_ns) == (

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ from typer.testing import CliRunner  # noqa: E402
 
 import cli  # noqa: E402
 from configs.errors import UserError  # noqa: E402
-from configs.timings import LinkTimes, render  # noqa: E402
+from configs.timings import LinkTimes, PolicyTimes, render  # noqa: E402
 from replay.breakdown import COMPONENTS  # noqa: E402
 from replay.commands import validate  # noqa: E402
 from replay.model import from_checkpoint  # noqa: E402
 from replay.play import Session  # noqa: E402
+from replay.slots import scratch_bytes  # noqa: E402
+from replay.validation import machine  # noqa: E402
 from replay.validation.campaign import PlanInputs, choose, shown, timelines  # noqa: E402
 from replay.validation.errors import (  # noqa: E402
     at,
@@ -38,10 +42,23 @@ from replay.validation.files import (  # noqa: E402
     read_campaign,
 )
 from replay.validation.judged import Canary, Judged, Run  # noqa: E402
-from replay.validation.machine import scaled  # noqa: E402
-from replay.validation.plan import Cell, ValidationPlan, cells_of, load_plan  # noqa: E402
+from replay.validation.machine import policy_times, scaled  # noqa: E402
+from replay.validation.plan import (  # noqa: E402
+    Cell,
+    ValidationPlan,
+    calibration_points,
+    cells_of,
+    load_plan,
+)
 from replay.validation.report import write_report  # noqa: E402
-from replay.validation.run import Target, digest, first_difference, measure, predict  # noqa: E402
+from replay.validation.run import (  # noqa: E402
+    Target,
+    digest,
+    engine_memory,
+    first_difference,
+    measure,
+    predict,
+)
 from replay.validation.together import write_together  # noqa: E402
 from sim.point import Point  # noqa: E402
 from sim.spans import Timeline  # noqa: E402
@@ -58,6 +75,7 @@ requests: [1, 2]
 policies: [lru, {name: next-gate, set: {depth: 2}}]
 budgets: [25%, 50%]
 link_scales: [1, 2.2]
+repeats: 3
 """
 
 
@@ -323,6 +341,100 @@ def test_another_plans_directory_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "full" / "file").read_text() == "something"
 
 
+def test_a_campaign_of_one_calibration_budget_goes_on(tmp_path: Path) -> None:
+    """As an older release wrote its plan, and its times without shares."""
+    plan, out = plan_of(tmp_path), tmp_path / "out"
+    open_campaign(out, plan)
+    path = out / "plan.json"
+    told = json.loads(path.read_text())
+    assert told.pop("calibration_budgets") == ["18.75%", "37.5%", "62.5%"]
+    older = json.dumps({**told, "calibration_budget": "37.5%"})
+    path.write_text(older)
+    cells = open_cells(out, plan)
+    a_run(out, cells, [(cells[0], repeat) for repeat in range(3)])
+    open_campaign(out, plan)
+    assert len(open_cells(out, plan)) == 7
+    assert path.read_text() == older
+    with pytest.raises(UserError, match="another plan's results"):
+        open_campaign(out, plan_of(tmp_path, ("[1, 2.2]", "[1]")))
+    path.write_text(json.dumps({**told, "calibration_budget": "25%"}))
+    with pytest.raises(UserError, match=r"plan\.json: calibration_budgets: 25% is a judged"):
+        open_campaign(out, plan)
+
+
+@pytest.mark.parametrize(
+    ("name", "left"), [("locked-olmoe", 0), ("locked-qwen", 4), ("locked-gpt-oss", 9)]
+)
+def test_what_was_measured_first_can_go_on(tmp_path: Path, name: str, left: int) -> None:
+    """Of each campaign's first run, with one calibration budget and no workspace."""
+    kept = Path(__file__).resolve().parents[1] / "validation" / "h200" / name
+    shutil.copy(kept / "plan.json", tmp_path)
+    shutil.copytree(kept / "run-1", tmp_path / "run-1")
+    plan = load_plan(name)
+    open_campaign(tmp_path, plan)
+    assert len(open_cells(tmp_path, plan)) == left
+
+
+def test_policies_and_calibration_budgets_alternate(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, ("policies: [lru, ", "policies: [lru, slru, lfu, "))
+    points = list(calibration_points(plan))
+    told = [(point.label, point.expert_budget) for point in points]
+    assert len(set(told)) == len(told) == 4 * 3
+    for first, second in pairwise(told):
+        assert first[0] != second[0]
+        assert first[1] != second[1] or second[0] == "lru"  # the next turn
+
+
+def test_policy_times_are_by_share_of_the_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run a point; budgets that are the same share count as one."""
+    plan = plan_of(tmp_path, ("repeats: 3", "calibration_budgets: [60%, 20%, 60.0%]"))
+    ran: list[Point] = []
+
+    def run(session: Any, inputs: Any, point: Point) -> tuple[PolicyTimes, float]:
+        ran.append(point)
+        share = {"60%": 0.6, "20%": 0.2, "60.0%": 0.6}[str(point.expert_budget)]
+        ns = 10 * len(ran)
+        return PolicyTimes(
+            expert_share=share,
+            decision_ns=ns,
+            awaited_ns=ns,
+            copy_issue_ns=ns,
+            step_ns=ns,
+            segment_launch_ns=ns,
+            experts_launch_ns=ns,
+        ), float(ns)
+
+    monkeypatch.setattr(machine, "_policy_run", run)
+    points = list(calibration_points(plan))
+    nothing: Any = None
+    found = {
+        label: (times, setup) for label, times, setup in policy_times(nothing, nothing, points)
+    }
+    assert ran == points
+    times, setup = found["lru"]
+    assert setup == 50
+    # lru ran first, third and fifth: at 60%, at 20% and at 60.0%.
+    assert [(each.expert_share, each.decision_ns) for each in times] == [(0.2, 30), (0.6, 30)]
+    assert set(found) == {"lru", "next-gate depth=2"}
+
+
+def test_an_emulated_links_scratch_area_is_in_the_prediction() -> None:
+    planned = {
+        "nonexpert_bytes": 1000,
+        "kv_bytes": 5,
+        "workspace_bytes": 7,
+        "slots_bytes": 300,
+        "gpu_memory_bytes": 1400,
+        "slots": 3,
+    }
+    assert scratch_bytes(100, 1.0) == 0
+    assert scratch_bytes(100, 2.5) == 151
+    found = engine_memory(planned, 20, 40 + scratch_bytes(100, 2.5))
+    assert found == {"kv_bytes": 20, "workspace_bytes": 191, "peak_bytes": 1511, "fits": False}
+
+
 def test_only_whole_groups_that_fit_into_the_time_are_measured(tmp_path: Path) -> None:
     targets = [target(cell) for cell in cells_of(plan_of(tmp_path))]
     assert choose(targets, 3, 1.0, None) == targets
@@ -351,18 +463,26 @@ def test_predictions_and_measurements_of_a_campaign_become_a_report(
         ("[25%, 50%]", "[50%]"),
         ("[1, 2.2]", "[1]"),
         ("requests: [1, 2]", "requests: [2]"),
-        ("requests: [0]", "requests: [0]\nrepeats: 1"),
+        ("requests: [0]", "requests: [0]"),
+        ("repeats: 3", "repeats: 1"),
     )
     inputs = PlanInputs(plan, trace)
     passes = [
         a_pass(tokens).model_copy(update={"segment_ns": (150_000,) * layers}) for tokens in (1, 8)
     ]
-    times, out, said = model_times(*passes), tmp_path / "out", []
+    times, out, said = model_times(*passes, workspace_bytes=1_000), tmp_path / "out", []
     open_campaign(out, plan)
     ready = from_checkpoint(Path(model), "cpu")
     try:
         session = Session.for_workloads(ready, *inputs.workloads)
         targets = predict(session, inputs.judged, times, open_cells(out, plan))
+        cache = session.kv_capacity * inputs.judged.manifest.geometry.kv_bytes_per_token
+        for each in targets:
+            told = each.predicted["memory"]
+            assert (told["workspace_bytes"], told["kv_bytes"]) == (1_000, cache)
+            slots = told["slots"] * ready.layout.nbytes
+            nonexpert = told["nonexpert_bytes"]
+            assert told["peak_bytes"] == nonexpert + cache + 1_000 + slots
         files = RunFiles(out)
         facts = {**FACTS, "expert_bytes": ready.layout.nbytes}
         files.predicted(times, targets, digest(targets), facts)
@@ -417,7 +537,9 @@ def test_a_plan_is_every_policy_at_every_budget_and_link(tmp_path: Path) -> None
     ("change", "said"),
     [
         (("requests: [1, 2]", "requests: [0, 2]"), "request 0 is judged and calibrated on"),
-        (("budgets: [25%, 50%]", "budgets: [37.5%]"), "calibration_budget 37.5% is a judged"),
+        (("budgets: [25%, 50%]", "budgets: [37.5%]"), "calibration_budgets: 37.5% is a judged"),
+        (("budgets: [25%, 50%]", "budgets: [5%]\ncalibration_budget: 5%"), "5% is a judged"),
+        (("repeats: 3", "repeats: 3\ncalibration_budgets: []"), "calibration_budgets"),
         (("requests: [0]", "requests: [0]\nfit_requests: [2]"), "2 is judged and fitted on"),
         (("[1, 2.2]", "[0.5]"), "slower, not faster"),
         (("geometry: olmoe-1b-7b", ""), "give geometry or model"),

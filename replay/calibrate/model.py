@@ -7,7 +7,9 @@ policy under test and no point that is judged later takes part.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
@@ -38,6 +40,7 @@ DECODE_STEPS = 60
 _SETTLING = 8  # steps of a run that are left out: caches fill, clocks rise
 _PREFILLS = 6
 _TRAFFIC_BYTES = 4 * 2**30
+_LEAST_BLOCK = 8 * 2**20  # of traffic: smaller copies end before the next is handed over
 _TRAIN = 40  # copies back to back
 _REPEATS = 30
 
@@ -154,12 +157,15 @@ class ModelRig:
 
     def _run_decode(self, misses: int) -> Run:
         shape, rows = self.shape, self.session.rows
-        slots = shape.experts
-        if misses:
-            slots = max(min(2 * shape.top_k, shape.experts // 2), needed(shape, rows))
+        slots = self._few_slots() if misses else shape.experts
         core = _core(shape, "lru", slots)
         steps = routing(shape, DECODE_STEPS, misses, slots, rows=rows)
         return Run.of(Replay(self.session, core).run(list(steps)))
+
+    def _few_slots(self) -> int:
+        """Of a layer, where experts are to miss."""
+        shape = self.shape
+        return max(min(2 * shape.top_k, shape.experts // 2), needed(shape, self.session.rows))
 
     def _decode_host(self, runs: dict[int, Run]) -> HostTimes:
         resident, most_missed = runs[0], runs[self.shape.top_k]
@@ -324,16 +330,18 @@ class ModelRig:
 
     def _run_prefill(self, policy: str, slots: int, tokens: int) -> Run:
         """The first passes bring the experts in, compile and allocate: they are left out."""
+        steps = [self._prefill_step(tokens, index) for index in range(_PREFILLS)]
+        measured = Replay(self.session, _core(self.shape, policy, slots)).run(steps)
+        return PrefillRun.of(measured)
+
+    def _prefill_step(self, tokens: int, index: int) -> ForcedStep:
+        """Of requests of their own, which end with it."""
         text = np.arange(tokens) % 97 + 11
         rows = self.session.rows
         seats = np.arange(tokens) * rows // tokens
-        steps = []
-        for index in range(_PREFILLS):
-            requests = tuple(range(index * rows, (index + 1) * rows))
-            experts = spread_routing(self.shape, tokens, index)
-            steps.append(ForcedStep(index, True, requests, requests, text, experts, seats))
-        measured = Replay(self.session, _core(self.shape, policy, slots)).run(steps)
-        return PrefillRun.of(measured)
+        requests = tuple(range(index * rows, (index + 1) * rows))
+        experts = spread_routing(self.shape, tokens, index)
+        return ForcedStep(index, True, requests, requests, text, experts, seats)
 
     def _tiles_alone(self, tokens: int) -> list[ExpertsTime]:
         """Launches over some and over all experts of an event of a prefill, on an idle GPU."""
@@ -362,6 +370,38 @@ class ModelRig:
             table.append(ExpertsTime(experts=experts, ns=self._gpu_ns(seen)))
         return table
 
+    # ------------------------------------------------------------------ memory
+
+    def workspace_bytes(self, prefill_tokens: int | None) -> int | None:
+        """Peak GPU memory of a prefill (None: of none) and decode steps, less :func:`held_bytes`.
+
+        With all that the session keeps for its runs so far. None: the device is no GPU.
+        """
+        if self.session.device.type != "cuda":
+            return None
+        gc.collect()  # nothing of the runs before is left
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        slots = self.run_for_memory(prefill_tokens)
+        return torch.cuda.max_memory_allocated() - held_bytes(self.session, slots)
+
+    def run_for_memory(self, prefill_tokens: int | None) -> int:
+        """A prefill, if any, and two decode steps with few slots; returns how many."""
+        slots, rows = self._few_slots(), self.session.rows
+        steps = [] if prefill_tokens is None else [self._prefill_step(prefill_tokens, 0)]
+        decode = routing(self.shape, 2, 0, slots, first=len(steps) * rows, rows=rows)
+        steps += [replace(step, index=step.index + len(steps)) for step in decode]
+        Replay(self.session, _core(self.shape, "lru", slots)).run(steps)
+        return slots * self.shape.layers
+
+
+def held_bytes(session: Session, slots: int) -> int:
+    """GPU memory of non-expert weights, of the KV cache (once a step has run) and of the slots."""
+    weights = sum(parameter.nbytes for parameter in session.ready.model.parameters())
+    layers: Any = session.cache.layers
+    cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    return int(weights + cache + slots * session.ready.layout.nbytes)
+
 
 def _decisions(run: Run) -> dict[str, int]:
     """Mean time of decisions about first and later waves; the latter where there are any."""
@@ -375,14 +415,15 @@ def _decisions(run: Run) -> dict[str, int]:
 
 
 class Traffic:
-    """Copies back to back, to run something beside."""
+    """Copies back to back, to run something beside: experts, or larger blocks of small ones."""
 
     def __init__(self, session: Session) -> None:
-        nbytes = session.ready.layout.nbytes
+        store = session.ready.store.memory.view(-1)
+        nbytes = min(max(session.ready.layout.nbytes, _LEAST_BLOCK), store.numel())
         self._stream = torch.cuda.Stream()
         self._count = max(_TRAFFIC_BYTES // nbytes, 1)
         self._nbytes = nbytes
-        self._source = session.ready.store.memory.view(-1, nbytes)
+        self._source = store[: store.numel() // nbytes * nbytes].view(-1, nbytes)
         self._target = torch.empty((_TRAIN, nbytes), dtype=torch.uint8, device=session.device)
 
     def begin(self) -> None:

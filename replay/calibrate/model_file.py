@@ -43,8 +43,8 @@ def calibrate_model(
     """Measure a geometry's or a checkpoint's times and write them to ``out``.
 
     ``hardware``: the profile that they go with; its readback time is kept. ``batches``: requests
-    at a time, going up; all but the passes is measured with the first. ``cpu``: experts on the CPU,
-    too, on ``cpu_threads`` (None: as many as `moesim replay` takes).
+    at a time, going up; all but the passes is of the first, workspace the most.
+    ``cpu``: experts on the CPU, too, on ``cpu_threads`` (None: as many as `moesim replay` takes).
     """
     from replay.calibrate.cuda import CudaRig
     from replay.calibrate.lane import cpu_times
@@ -89,7 +89,9 @@ def calibrate_model(
         say("the model is loaded")
         measured = [measure(batch, cpu and batch == batches[0]) for batch in batches]
     passes = tuple(each for times in measured for each in times.passes)
-    times = measured[0].model_copy(update={"passes": passes})
+    workspaces = [times.workspace_bytes for times in measured if times.workspace_bytes is not None]
+    most = max(workspaces, default=None)
+    times = measured[0].model_copy(update={"passes": passes, "workspace_bytes": most})
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, render(times).encode())
     return times

@@ -36,7 +36,7 @@ def validate_command(
 ) -> None:
     """Predict every point of a plan, then measure them on a GPU, and report the gaps.
 
-    Calibrates on requests and at a budget that are not judged. What was measured is kept as it
+    Calibrates on requests and at budgets that are not judged. What was measured is kept as it
     comes: the same command goes on where one was cut off, with a calibration and predictions of its
     own. Exit code 1 where a policy whose decisions do not depend on time decided otherwise on the
     device.

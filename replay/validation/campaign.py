@@ -19,7 +19,7 @@ from replay.play import Session
 from replay.point import replay_point
 from replay.validation.files import RunFiles, open_cells
 from replay.validation.machine import model_times, policy_times
-from replay.validation.plan import Cell, ValidationPlan, point_of
+from replay.validation.plan import Cell, ValidationPlan, calibration_points
 from replay.validation.run import Target, canary, digest, measure, predict
 from sim.inputs import Inputs
 from sim.point import Point
@@ -138,7 +138,7 @@ def _calibrate(
         command_line(),
     )
     say("the model's times are measured")
-    points = [point_of(plan, choice, plan.calibration_budget) for choice in plan.policies]
+    points = list(calibration_points(plan))
     own, setup = {}, _SETUP_S
     for label, policy, setup_s in policy_times(session, inputs.calibration, points):
         own[label] = policy

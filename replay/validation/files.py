@@ -14,6 +14,7 @@ from pathlib import Path
 
 from configs.errors import UserError
 from configs.files import write_atomically
+from configs.load import validated
 from configs.timings import ModelTimes, load_timings, render
 from replay.validation.judged import Canary, Figures, Judged, Run
 from replay.validation.plan import Cell, ValidationPlan, cells_of
@@ -29,11 +30,14 @@ def as_json(data: object) -> bytes:
 
 
 def open_campaign(out: Path, plan: ValidationPlan) -> None:
-    """Begin in a new or empty directory, or go on in one of the same plan. Raises UserError."""
-    told = plan.model_dump(mode="json")
+    """Begin in a new or empty directory, or go on in one of the same plan. Raises UserError.
+
+    Budgets to calibrate at are not compared: each run's `timings.yaml` says at which it did.
+    """
     known = out / _PLAN
     if known.is_file():
-        if json.loads(known.read_text()) != told:
+        before = validated(ValidationPlan, json.loads(known.read_text()), str(known))
+        if not plan.judges_as(before):
             raise UserError(
                 f"{out}: holds another plan's results ({_PLAN} differs): name another directory"
             )
@@ -41,7 +45,7 @@ def open_campaign(out: Path, plan: ValidationPlan) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty: name another directory")
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(known, as_json(told))
+    write_atomically(known, as_json(plan.model_dump(mode="json")))
 
 
 class RunFiles:

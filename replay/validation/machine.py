@@ -16,11 +16,10 @@ from replay.play import Session
 from replay.point import Replayed, replay_point
 from replay.predictors import LEARNED, NEXT_GATE
 from sim.inputs import Inputs
-from sim.point import Point
+from sim.point import Point, expert_share
 from sim.spans import DECIDE, EXPERTS, ISSUE, SEGMENT, STEP
 
 _REPEATS = 30
-_TURNS = 3
 
 
 def model_times(
@@ -32,24 +31,28 @@ def model_times(
     machine: str,
     source: str,
 ) -> ModelTimes:
-    """Segments, experts, host, link and predictors of a session's model, with its batch.
+    """Segments, experts, host, link, predictors and memory of a session's model, with its batch.
 
     ``prefill_tokens``: of the whole batch; sizes of a token a request or less are left out.
     """
     rig = ModelRig(session, int(hardware.readback_ns))
     segment_slowdown, experts_beside_ns = rig.beside_copies
     sizes = sorted(tokens for tokens in set(prefill_tokens) if tokens > session.rows)
+    passes = (rig.decode, *(rig.prefill(tokens) for tokens in sizes))
+    predictors = predictor_times(session)
     return ModelTimes(
         hardware=hardware.name,
         geometry=geometry,
         expert_dtype=expert_dtype,
         machine=machine,
         source=source,
-        passes=(rig.decode, *(rig.prefill(tokens) for tokens in sizes)),
+        passes=passes,
         link=rig.link,
         segment_slowdown=segment_slowdown,
         experts_beside_ns=experts_beside_ns,
-        predictor_ns=predictor_times(session),
+        predictor_ns=predictors,
+        # Last: what a session keeps for all its runs is there now.
+        workspace_bytes=rig.workspace_bytes(max(sizes, default=None)),
     )
 
 
@@ -75,18 +78,18 @@ def predictor_times(session: Session) -> dict[str, int]:
 
 def policy_times(
     session: Session, inputs: Inputs, points: Sequence[Point]
-) -> Iterator[tuple[str, PolicyTimes, float]]:
-    """Host time of each policy's decisions, from three runs on requests that are not judged.
+) -> Iterator[tuple[str, tuple[PolicyTimes, ...], float]]:
+    """Host time of each policy's decisions by share of the experts, from a run of each point.
 
-    With it, what a run took beside its steps, s. All policies take turns, so that a while in which
-    the host is slow is nobody's alone.
+    On requests that are not judged. With it, what a run took beside its steps, s. Points run in
+    their order: policies and budgets should alternate, so that a while in which the host is slow is
+    nobody's alone.
     """
     found: dict[str, list[tuple[PolicyTimes, float]]] = {}
-    for _ in range(_TURNS):
-        for point in points:
-            found.setdefault(point.label, []).append(_policy_run(session, inputs, point))
+    for point in points:
+        found.setdefault(point.label, []).append(_policy_run(session, inputs, point))
     for label, runs in found.items():
-        yield label, _mean_times([times for times, _ in runs]), max(setup for _, setup in runs)
+        yield label, _by_share([times for times, _ in runs]), max(setup for _, setup in runs)
 
 
 def _policy_run(session: Session, inputs: Inputs, point: Point) -> tuple[PolicyTimes, float]:
@@ -98,11 +101,20 @@ def _policy_run(session: Session, inputs: Inputs, point: Point) -> tuple[PolicyT
     return times, perf_counter() - began - steps_s
 
 
+def _by_share(runs: Sequence[PolicyTimes]) -> tuple[PolicyTimes, ...]:
+    """Going up; budgets that come to the same share count as one, its times their mean."""
+    shares = sorted({each.expert_share or 0.0 for each in runs})
+    return tuple(
+        _mean_times([each for each in runs if each.expert_share == share]) for share in shares
+    )
+
+
 def _mean_times(runs: Sequence[PolicyTimes]) -> PolicyTimes:
     def mean(name: str) -> int:
         return round(float(np.mean([getattr(each, name) for each in runs])))
 
-    return PolicyTimes(**{name: mean(name) for name in PolicyTimes.model_fields})
+    names = PolicyTimes.model_fields.keys() - {"expert_share"}
+    return PolicyTimes(expert_share=runs[0].expert_share, **{name: mean(name) for name in names})
 
 
 def host_times(run: Replayed) -> PolicyTimes:
@@ -120,6 +132,7 @@ def host_times(run: Replayed) -> PolicyTimes:
     issue = float((marks.duration[handed] / marks.count[handed]).mean()) if handed.any() else 0.0
     steps = decode & (marks.kind == STEP)
     return PolicyTimes(
+        expert_share=expert_share(run.setting.memory, run.setting.geometry),
         decision_ns=max(round(float(level) + refill), 0),
         awaited_ns=max(round(float(slope)), 0),
         copy_issue_ns=round(issue),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -19,9 +19,10 @@ class ValidationPlan(BaseModel):
     """``geometry`` (random weights of its shapes) or ``model`` (a checkpoint), driven by ``trace``.
 
     ``requests``: those that are judged. ``calibration_requests``: others, on which each policy's
-    host time is measured at ``calibration_budget``, which is none of ``budgets``. ``fit_requests``:
-    again others, from which fitted policies learn. ``link_scales``: 1, and emulated slower links.
-    ``prefill_tokens``: sizes of prefill to calibrate, of a whole batch where the trace has batches.
+    host time is measured at each of ``calibration_budgets``, none of which is among ``budgets``.
+    ``fit_requests``: again others, from which fitted policies learn. ``link_scales``: 1, and
+    emulated slower links. ``prefill_tokens``: sizes of prefill to calibrate, of a whole batch where
+    the trace has batches.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,13 +34,22 @@ class ValidationPlan(BaseModel):
     hardware: str
     requests: tuple[int, ...] = Field(min_length=1)
     calibration_requests: tuple[int, ...] = Field(min_length=1)
-    calibration_budget: str = "37.5%"
+    calibration_budgets: tuple[str, ...] = Field(("18.75%", "37.5%", "62.5%"), min_length=1)
     prefill_tokens: tuple[int, ...] = (8, 64)
     policies: PolicyChoices = Field(min_length=1)
     budgets: tuple[str, ...] = Field(min_length=1)
     link_scales: tuple[float, ...] = (1.0,)
     repeats: int = Field(default=3, ge=1, le=20)
     fit_requests: tuple[int, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_one_budget(cls, value: Any) -> Any:
+        """Plans of older runs name one budget to calibrate at."""
+        old, new = "calibration_budget", "calibration_budgets"
+        if not isinstance(value, dict) or old not in value or new in value:
+            return value
+        return {**{name: given for name, given in value.items() if name != old}, new: [value[old]]}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -54,13 +64,19 @@ class ValidationPlan(BaseModel):
             both = set(mine) & set(theirs)
             if both:
                 raise ValueError(f"request {min(both)} is {one} and {other}: choose one")
-        if self.calibration_budget in self.budgets:
-            raise ValueError(f"calibration_budget {self.calibration_budget} is a judged budget")
+        for budget in self.calibration_budgets:
+            if budget in self.budgets:
+                raise ValueError(f"calibration_budgets: {budget} is a judged budget")
         if any(scale < 1 for scale in self.link_scales):
             raise ValueError(
                 "link_scales: a link can be emulated slower, not faster; give 1 or more"
             )
         return self
+
+    def judges_as(self, other: ValidationPlan) -> bool:
+        """Whether both judge the same; what is calibrated may differ, each run does it anew."""
+        apart = {"calibration_budgets": ()}
+        return self.model_copy(update=apart) == other.model_copy(update=apart)
 
 
 @dataclass(frozen=True)
@@ -87,6 +103,14 @@ def cells_of(plan: ValidationPlan) -> Iterator[Cell]:
         for budget in plan.budgets:
             for scale in plan.link_scales:
                 yield Cell(point_of(plan, choice, budget), scale)
+
+
+def calibration_points(plan: ValidationPlan) -> Iterator[Point]:
+    """Every policy at every calibration budget, in turns of another budget a policy each."""
+    budgets = plan.calibration_budgets
+    for turn in range(len(budgets)):
+        for index, choice in enumerate(plan.policies):
+            yield point_of(plan, choice, budgets[(turn + index) % len(budgets)])
 
 
 def point_of(plan: ValidationPlan, choice: PolicyChoice, budget: str) -> Point:

@@ -18,12 +18,13 @@ from replay.breakdown import particulars
 from replay.calibrate.model import measure_link
 from replay.play import Session
 from replay.point import Log, decisions, predict_point, replay_point, timeline_of
+from replay.slots import scratch_bytes
 from replay.validation.judged import Canary, Figures
 from replay.validation.machine import scaled
 from replay.validation.plan import Cell
 from sim.calibrated import CalibratedTiming
 from sim.inputs import Inputs
-from sim.point import Point, resolve_point
+from sim.point import Point, expert_share, resolve_point
 from sim.spans import Timeline
 
 Say = Callable[[str], None]
@@ -62,14 +63,20 @@ def _predict(session: Session, inputs: Inputs, times: ModelTimes, cell: Cell) ->
     info = policies.get(cell.point.policy)
     nbytes = session.ready.layout.nbytes
     setting = resolve_point(inputs, cell.point, expert_bytes=nbytes)
+    geometry = setting.geometry
     timing = CalibratedTiming(
-        setting.geometry,
+        geometry,
         setting.hardware,
         times.model_copy(update={"link": scaled(times.link, cell.link_scale)}),
         policy=cell.point.label,
+        expert_share=expert_share(setting.memory, geometry),
         batch=session.rows,
     )
     found = predict_point(inputs, cell.point, timing, expert_bytes=nbytes)
+    if times.workspace_bytes is not None:
+        kv_bytes = geometry.kv_bytes_per_token * session.rows * session.kv_capacity
+        workspace = times.workspace_bytes + scratch_bytes(nbytes, cell.link_scale)
+        found.result["memory"].update(engine_memory(found.result["memory"], kv_bytes, workspace))
     return Target(
         cell,
         found.result,
@@ -78,6 +85,21 @@ def _predict(session: Session, inputs: Inputs, times: ModelTimes, cell: Cell) ->
         setting.shape.experts,
         found.timeline,
     )
+
+
+def engine_memory(planned: Figures, kv_bytes: int, workspace_bytes: int) -> Figures:
+    """What of a result's memory is another in the engine than the simulator's estimate.
+
+    ``kv_bytes``: of the session's cache, which its longest request needs. ``workspace_bytes``: as
+    it was measured, with a slower link's scratch area.
+    """
+    peak = planned["nonexpert_bytes"] + kv_bytes + workspace_bytes + planned["slots_bytes"]
+    return {
+        "kv_bytes": kv_bytes,
+        "workspace_bytes": workspace_bytes,
+        "peak_bytes": peak,
+        "fits": peak <= planned["gpu_memory_bytes"],
+    }
 
 
 def digest(targets: Sequence[Target]) -> str:

@@ -1,0 +1,110 @@
+"""What a model's calibration does that needs no GPU: its memory run, and its traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from replay.calibrate import model as rigs  # noqa: E402
+from replay.calibrate.model import ModelRig, Traffic, held_bytes  # noqa: E402
+from replay.model import ReplayModel, from_checkpoint  # noqa: E402
+from replay.play import Session  # noqa: E402
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def twin(shared: Path) -> Iterator[ReplayModel]:
+    ready = from_checkpoint(shared / "models" / "olmoe-twin", "cpu")
+    yield ready
+    ready.close()
+
+
+@pytest.mark.parametrize(("rows", "prefill"), [(1, 8), (1, None), (2, 8)])
+def test_what_is_held_is_weights_cache_and_slots(
+    twin: ReplayModel, rows: int, prefill: int | None
+) -> None:
+    session = Session(twin, 10, rows=rows)
+    rig = ModelRig(session, 0)
+    assert rig.workspace_bytes(prefill) is None  # nobody measures a plain CPU's
+    slots = rig.run_for_memory(prefill)
+    config = twin.model.config
+    # Too few for the prefill's experts in one wave.
+    assert slots == 16 * len(twin.modules)
+    heads = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    cache = rows * 10 * config.num_hidden_layers * 2 * heads * 2
+    weights = sum(each.numel() * 2 for each in twin.model.parameters())
+    assert held_bytes(session, slots) == weights + cache + slots * twin.layout.nbytes
+
+
+def test_workspace_is_the_peak_less_what_is_held(
+    twin: ReplayModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(twin, 10)
+    rig = ModelRig(session, 0)
+    slots = rig.run_for_memory(8)
+    said: list[str] = []
+    monkeypatch.setattr(rig, "run_for_memory", lambda tokens: said.append(f"run {tokens}") or slots)
+    monkeypatch.setattr(session, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: said.append("reset"))
+    peak = held_bytes(session, slots) + 12_345
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak)
+    assert rig.workspace_bytes(8) == 12_345
+    assert said == ["reset", "run 8"]
+
+
+class Copies:
+    """In place of the driver's: keeps what was asked for."""
+
+    def __init__(self, stream: int, events: int) -> None:
+        self.asked: list[tuple[int, int, int]] = []
+
+    def copy(self, target: int, source: int, nbytes: int) -> int:
+        self.asked.append((target, source, nbytes))
+        return len(self.asked)
+
+    def landed(self, event: int) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("experts", "expert_bytes", "block"),
+    [
+        (256, 73 * 1024, 8 * MIB),  # blocks of many, the rest of the store left out
+        (6, 9 * MIB, 9 * MIB),
+        (4, 1024, 4096),  # a store smaller than a block
+    ],
+)
+def test_traffic_is_of_blocks_that_take_a_while(
+    monkeypatch: pytest.MonkeyPatch, experts: int, expert_bytes: int, block: int
+) -> None:
+    stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
+    monkeypatch.setattr(rigs, "CopyStream", Copies)
+    monkeypatch.setattr(rigs, "_TRAFFIC_BYTES", 4 * 9 * MIB)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    memory = torch.zeros((2, experts // 2, expert_bytes), dtype=torch.uint8)
+    ready = SimpleNamespace(
+        layout=SimpleNamespace(nbytes=expert_bytes), store=SimpleNamespace(memory=memory)
+    )
+    session: Any = SimpleNamespace(ready=ready, device=torch.device("cpu"))
+    traffic: Any = Traffic(session)
+    traffic.begin()
+    asked = traffic._copies.asked
+    assert {nbytes for _, _, nbytes in asked} == {block}
+    assert len(asked) == 4 * 9 * MIB // block
+    first, last = memory.data_ptr(), memory.data_ptr() + memory.numel()
+    assert all(first <= source and source + block <= last for _, source, _ in asked)
+    target = traffic._target
+    ends = target.data_ptr(), target.data_ptr() + target.numel()
+    assert all(ends[0] <= to and to + block <= ends[1] for to, _, _ in asked)
+    assert traffic.ended()
+    traffic.finish()
