@@ -347,7 +347,12 @@ def test_a_campaign_of_one_calibration_budget_goes_on(tmp_path: Path) -> None:
     open_campaign(out, plan)
     path = out / "plan.json"
     told = json.loads(path.read_text())
-    assert told.pop("calibration_budgets") == ["18.75%", "37.5%", "62.5%"]
+    assert told.pop("calibration_budgets") == [
+        "18.75%",
+        "37.5%",
+        "62.5%",
+        "87.5%",
+    ]
     older = json.dumps({**told, "calibration_budget": "37.5%"})
     path.write_text(older)
     cells = open_cells(out, plan)
@@ -379,7 +384,7 @@ def test_policies_and_calibration_budgets_alternate(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, ("policies: [lru, ", "policies: [lru, slru, lfu, "))
     points = list(calibration_points(plan))
     told = [(point.label, point.expert_budget) for point in points]
-    assert len(set(told)) == len(told) == 4 * 3
+    assert len(set(told)) == len(told) == 4 * 4
     for first, second in pairwise(told):
         assert first[0] != second[0]
         assert first[1] != second[1] or second[0] == "lru"  # the next turn

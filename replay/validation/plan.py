@@ -34,7 +34,9 @@ class ValidationPlan(BaseModel):
     hardware: str
     requests: tuple[int, ...] = Field(min_length=1)
     calibration_requests: tuple[int, ...] = Field(min_length=1)
-    calibration_budgets: tuple[str, ...] = Field(("18.75%", "37.5%", "62.5%"), min_length=1)
+    calibration_budgets: tuple[str, ...] = Field(
+        ("18.75%", "37.5%", "62.5%", "87.5%"), min_length=1
+    )
     prefill_tokens: tuple[int, ...] = (8, 64)
     policies: PolicyChoices = Field(min_length=1)
     budgets: tuple[str, ...] = Field(min_length=1)
