@@ -26,6 +26,7 @@ from replay.validation.errors import (  # noqa: E402
     gap,
     hidden_share,
     naive_ms,
+    naive_stall_ms,
     paired_errors,
     rankings,
     stall_ms,
@@ -130,13 +131,14 @@ def test_a_gap_is_relative_to_the_median_measurement() -> None:
     assert stall is not None
     assert stall.error == 0
     assert gap(each, at("prefill_ms", "64")) is None
-    # 2 ms of the link's time, in 1 of which somebody waited.
-    assert hidden_share(each.measured[0]) == pytest.approx(0.5)
+    # 2 ms of the link's time, in 3/4 of which somebody waited for it, and then for the CPU.
+    assert hidden_share(each.measured[0]) == pytest.approx(1 - 0.75 / 2)
 
 
 def test_the_naive_estimate_is_what_it_says() -> None:
     # 3 copies a step; each 55 MB at 55 GB/s, 1 ms, and 1 + 5 + 3 + 10 us of host time.
     assert naive_ms(judged("lru", 9.0, (9.0,))) == pytest.approx(4 + 3 * (1 + 0.019))
+    assert naive_stall_ms(judged("lru", 9.0, (9.0,))) == pytest.approx(3)
 
 
 def test_steps_are_paired() -> None:
@@ -164,6 +166,54 @@ def test_noise_makes_ties() -> None:
     noisy = [judged("lru", 10.0, (9.5, 10.5)), judged("lfu", 9.0, (8.8, 8.9))]
     (found,) = rankings(noisy)
     assert (found.pairs, found.tau) == (0, None)
+
+
+def test_the_order_of_a_plan_decides_no_pair() -> None:
+    """3.05 % of the one are 2.96 % of the other."""
+    cells = [judged("lru", 10.0, (10.0,)), judged("lfu", 10.4, (10.305,))]
+    for group in (cells, cells[::-1]):
+        (found,) = rankings(group)
+        assert (found.pairs, found.agreed) == (1, 1)
+
+
+def test_one_prediction_for_both_is_no_right_sign() -> None:
+    cells = [judged("lru", 10.0, (10.0,)), judged("lfu", 10.0, (12.0,))]
+    for group in (cells, cells[::-1]):
+        (found,) = rankings(group)
+        assert (found.pairs, found.agreed) == (1, 0)
+        assert found.regret == pytest.approx(0.2)
+
+
+def with_digest(*cells: Judged, **changes: Any) -> None:
+    for each in cells:
+        each.run = replace(A_RUN, facts={**FACTS, "predictions_sha256": "0" * 64}, **changes)
+
+
+def test_what_was_predicted_and_never_came_is_judged(tmp_path: Path) -> None:
+    """A stall or a wait that only the simulator has."""
+    each = judged("lru", 10.0, (10.0,))
+    with_digest(each)
+    each.measured[0]["breakdown_ms"] = dict.fromkeys(each.predicted["breakdown_ms"], 0.01)
+    each.measured[0]["host_ms"]["wait_for_cpu"] = 0.0
+    (row,) = write_report(tmp_path, plan_of(tmp_path), [each])["points"]
+    assert row["stall_is_judged"]
+    assert "| demand-only | wait for cpu | 0.000 | +1.250 |" in (tmp_path / "report.md").read_text()
+
+
+def test_peak_memory_has_a_spread(tmp_path: Path) -> None:
+    each = judged("lru", 10.0, (10.0, 10.0))
+    with_digest(each)
+    each.measured[1]["peak_memory_bytes"] = 102
+    (row,) = write_report(tmp_path, plan_of(tmp_path), [each])["points"]
+    assert row["figures"]["memory_bytes"]["spread"] == pytest.approx(0.04)
+
+
+def test_a_link_that_is_not_the_calibrated_one_is_told(tmp_path: Path) -> None:
+    each = judged("lru", 10.0, (10.0,))
+    with_digest(each, before=Canary(4.0, round(A_RUN.times.link.bytes_per_s * 0.95)), after=None)
+    write_report(tmp_path, plan_of(tmp_path), [each])
+    told = "link, before against calibration: -5.00% (**the machine drifted**)"
+    assert told in (tmp_path / "report.md").read_text()
 
 
 def test_the_first_difference_is_shown() -> None:
