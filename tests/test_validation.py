@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from replay.validation.errors import (  # noqa: E402
 from replay.validation.figure import draw_scatter  # noqa: E402
 from replay.validation.files import (  # noqa: E402
     RunFiles,
+    alone_in,
     open_campaign,
     open_cells,
     read_campaign,
@@ -250,9 +252,12 @@ def test_the_report_tells_drift_differences_and_errors(tmp_path: Path) -> None:
     assert report["summary"]["prefetching"]["tpot_ms"]["worst"] == pytest.approx(1 / 9)
     assert json.loads((tmp_path / "report.json").read_text())["points"][0]["policy"] == "lru"
     assert {path.suffix for path in draw_scatter([report], tmp_path)} == {".png", ".svg"}
-    both = write_together([tmp_path, tmp_path], tmp_path / "all")
+    other = tmp_path / "other"
+    other.mkdir()
+    write_report(other, plan, cells)
+    both = write_together([tmp_path, other], tmp_path / "far" / "all")
     assert "| TPOT, prefetching, worst | 2 | 8% | 11.1% | 21.6% | **missed** |" in both
-    assert json.loads((tmp_path / "all" / "summary.json").read_text())["all"]["ranking"]["groups"]
+    assert json.loads((tmp_path / "far" / "all" / "summary.json").read_text())["all"]["ranking"]["groups"]
 
 
 def test_a_run_that_was_cut_off_says_so(tmp_path: Path) -> None:
@@ -359,6 +364,70 @@ def test_a_run_that_ended_before_it_measured_is_passed_over(tmp_path: Path) -> N
     RunFiles(out)
     assert read_campaign(out, plan) == []
     assert RunFiles(out).folder.name == "run-2"
+
+
+def test_only_directories_of_runs_count(tmp_path: Path) -> None:
+    plan, out = plan_of(tmp_path), tmp_path / "out"
+    open_campaign(out, plan)
+    for name in ("run-old", "run-2.bak", "run-3"):
+        (out / name).mkdir()
+    assert RunFiles(out).folder.name == "run-4"  # 1 and 2 were moved away
+    assert read_campaign(out, plan) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "said"),
+    [
+        ("measurements.jsonl", '{"cell"', '{"ce', r"measurements.jsonl, line 1: is damaged"),
+        ("run.json", "{", "", r"run.json: is damaged"),
+        ("predictions.json", '"late": 10', '"late": 11', r"not what run.json has the SHA-256 of"),
+    ],
+)
+def test_what_was_damaged_or_changed_is_told(
+    tmp_path: Path, name: str, old: str, new: str, said: str
+) -> None:
+    plan, out = plan_of(tmp_path), tmp_path / "out"
+    open_campaign(out, plan)
+    (cell, *_) = cells_of(plan)
+    a_run(out, [cell], [(cell, repeat) for repeat in range(3)])
+    path = out / "run-1" / name
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(UserError, match=said):
+        read_campaign(out, plan)
+    assert path.read_text() == text.replace(old, new, 1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="campaigns run on CUDA under Linux")
+def test_two_campaigns_do_not_measure_in_one_directory(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    open_campaign(out, plan_of(tmp_path))
+    with alone_in(out):
+        with pytest.raises(UserError, match="another `moesim validate` is at work"), alone_in(out):
+            raise AssertionError("two at once")
+        told = CliRunner().invoke(
+            cli.app, ["validate", str(tmp_path / "plan.yaml"), "--out", str(out)]
+        )
+        assert "is at work" in str(told.exception)
+    with alone_in(out):
+        assert list(out.iterdir()) == [out / "plan.json"]
+
+
+def test_reports_that_cannot_be_read_as_one_are_refused(tmp_path: Path) -> None:
+    each = judged("lru", 10.0, (10.0,))
+    with_digest(each)
+    write_report(tmp_path, plan_of(tmp_path), [each])
+    with pytest.raises(UserError, match="is named twice"):
+        write_together([tmp_path, tmp_path / "." / "sub" / ".."], tmp_path / "all")
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "report.json").write_text('{"points": []}')
+    with pytest.raises(UserError, match="is of another version"):
+        write_together([old], tmp_path / "all")
+    assert not (tmp_path / "all").exists()
+    lines = write_together([tmp_path], tmp_path / "far" / "all")
+    assert "| [a plan](../../report.md) | 1 | A GPU |" in lines
 
 
 def test_another_plans_directory_is_refused(tmp_path: Path) -> None:

@@ -82,8 +82,12 @@ def _predict(session: Session, inputs: Inputs, times: ModelTimes, cell: Cell) ->
 
 def digest(targets: Sequence[Target]) -> str:
     """SHA-256 of all predictions."""
-    told = [[each.cell.label, each.predicted] for each in targets]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return digest_of([(each.cell.label, each.predicted) for each in targets])
+
+
+def digest_of(predictions: Sequence[tuple[str, Figures]]) -> str:
+    """Likewise, of cells' labels and figures."""
+    return hashlib.sha256(json.dumps(predictions, sort_keys=True).encode()).hexdigest()
 
 
 def measure(
