@@ -257,7 +257,9 @@ def test_the_report_tells_drift_differences_and_errors(tmp_path: Path) -> None:
     write_report(other, plan, cells)
     both = write_together([tmp_path, other], tmp_path / "far" / "all")
     assert "| TPOT, prefetching, worst | 2 | 8% | 11.1% | 21.6% | **missed** |" in both
-    assert json.loads((tmp_path / "far" / "all" / "summary.json").read_text())["all"]["ranking"]["groups"]
+    assert json.loads((tmp_path / "far" / "all" / "summary.json").read_text())["all"]["ranking"][
+        "groups"
+    ]
 
 
 def test_a_run_that_was_cut_off_says_so(tmp_path: Path) -> None:
@@ -508,6 +510,15 @@ def test_predictions_and_measurements_of_a_campaign_become_a_report(
     )
 
 
+def test_requests_that_decode_nothing_are_refused_before_anything_is_measured(
+    tmp_path: Path,
+) -> None:
+    trace = make_trace(tmp_path / "trace", layers=16, experts=64, top_k=8, output=0)
+    plan = plan_of(tmp_path)
+    with pytest.raises(UserError, match=r"requests 1, 2 have no decode step to time"):
+        PlanInputs(plan, trace)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -539,6 +550,14 @@ def test_a_plan_is_every_policy_at_every_budget_and_link(tmp_path: Path) -> None
         (("budgets: [25%, 50%]", "budgets: [37.5%]"), "calibration_budget 37.5% is a judged"),
         (("requests: [0]", "requests: [0]\nfit_requests: [2]"), "2 is judged and fitted on"),
         (("[1, 2.2]", "[0.5]"), "slower, not faster"),
+        (("[1, 2.2]", "[.nan]"), "slower, not faster"),
+        (("[1, 2.2]", "[2.2, 2.2000001]"), "lru 25% x2.2 is there twice"),
+        (("budgets: [25%, 50%]", "budgets: [25%, 25.0%]"), "lru 25% x1 is there twice"),
+        (("[lru,", "[lru, lru,"), "lru 25% x1 is there twice"),
+        (("budgets: [25%, 50%]", "budgets: [37.50%]"), "calibration_budget 37.5% is a judged"),
+        (("budgets: [25%, 50%]", "budgets: [plenty]"), "expert budget 'plenty'"),
+        (("[lru,", "[swapmoe,"), "policy swapmoe changes the routing"),
+        (("[lru,", "[resident,"), "policy resident has no budget"),
         (("geometry: olmoe-1b-7b", ""), "give geometry or model"),
     ],
 )
