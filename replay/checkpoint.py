@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,13 +69,16 @@ class ExpertReader:
     def _read(self, source: _Source, name: str, expert: int) -> torch.Tensor:
         if source.converter is None:
             key = source.keys[""][0]
-            rows: torch.Tensor = self._file(key).get_slice(key)[expert]
+            with self._readable(key):
+                rows: torch.Tensor = self._file(key).get_slice(key)[expert]
             return rows
         tensors: dict[str, list[torch.Tensor]] = {}
         for pattern, keys in source.keys.items():
             if expert not in keys:
                 raise UserError(f"{self.path}: {pattern} lacks expert {expert}; get the checkpoint")
-            tensors[pattern] = [self._file(keys[expert]).get_tensor(keys[expert])]
+            key = keys[expert]
+            with self._readable(key):
+                tensors[pattern] = [self._file(key).get_tensor(key)]
         converter = source.converter
         result: Any = tensors
         for operation in converter.operations:
@@ -88,6 +91,14 @@ class ExpertReader:
         fused = fused[0] if isinstance(fused, list) else fused
         row: torch.Tensor = fused[0]
         return row
+
+    @contextmanager
+    def _readable(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except SafetensorError as error:
+            path = self._file_of[key]
+            raise UserError(f"{path}: cannot be read ({error}); get the file again") from error
 
     def _file(self, key: str) -> Any:
         path = self._file_of[key]
@@ -142,7 +153,7 @@ def _files(path: Path) -> dict[str, Path]:
     """File of every key; the headers alone are read."""
     index = path / INDEX_FILE
     if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = _weight_map(index)
         missing = sorted({name for name in weight_map.values() if not (path / name).is_file()})
         if missing:
             raise UserError(f"{path}: shard {missing[0]} is missing; get it from the source")
@@ -153,6 +164,14 @@ def _files(path: Path) -> dict[str, Path]:
     if not single.is_file():
         raise UserError(f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
     return dict(_keys(single))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        found: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{index}: is no index of a checkpoint; get the file again") from error
+    return found
 
 
 def _keys(path: Path) -> Iterator[tuple[str, Path]]:

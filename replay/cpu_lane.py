@@ -29,6 +29,8 @@ from replay.shared_memory import SharedMemory
 
 _START_S = 300
 _STOP_S = 10
+_ANSWER_S = 120  # an event takes milliseconds, a prefill's seconds at most
+_GAP_S = 1.0  # between two looks: longer ones are this process's own pauses
 _LOOK_EVERY = 4096  # polls from one look at the process to the next
 _KEPT_CORES = 2  # for the engine's own thread and the driver's
 
@@ -67,6 +69,7 @@ class CpuLane:
         self._request = 1
         self._assignments = 0
         self._polls = 0
+        self._silent_s, self._looked, self._looked_for = 0.0, 0.0, 0
         self._copied = self._prepare_cuda() if next(ready.model.parameters()).is_cuda else None
         assert self._shared.file is not None
         job = Job(
@@ -112,6 +115,7 @@ class CpuLane:
         self._polls += 1
         if self._polls % _LOOK_EVERY == 0:
             self._look()
+            self._require_answer()
         return False
 
     def finish(self, out: torch.Tensor) -> None:
@@ -175,6 +179,19 @@ class CpuLane:
             raise UserError(
                 f"the process that computes experts on the CPU has ended (exit code {code}): see "
                 "its messages above, or whether the host ran out of memory, and run again"
+            )
+
+    def _require_answer(self) -> None:
+        """Raise UserError where the process is there and does nothing, as a stopped one does."""
+        now = time.monotonic()
+        if self._looked_for != self._request:
+            self._looked_for, self._silent_s, self._looked = self._request, 0.0, now
+        self._silent_s += min(now - self._looked, _GAP_S)
+        self._looked = now
+        if self._silent_s > _ANSWER_S:
+            raise UserError(
+                f"the process that computes experts on the CPU has not answered for {_ANSWER_S:g} "
+                "s: see whether it was stopped or has no core to run on, and run again"
             )
 
 

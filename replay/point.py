@@ -140,7 +140,9 @@ def replay_point(
     result["batch"] = session.rows
     result["link_scale"] = link_scale
     result["breakdown_ms"] = breakdown(measured, steps)
-    result["peak_memory_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
+    # A link that is that slow would not need it.
+    emulation = replay.eager.copies.scratch_bytes
+    result["peak_memory_bytes"] = torch.cuda.max_memory_allocated() - emulation if cuda else None
     result["copied_bytes_measured"] = measured.copied_bytes
     result["cpu_threads"] = session.lane().threads if core.uses_cpu else None
     return Replayed(setting, core, measured, result)

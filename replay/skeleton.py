@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -97,8 +98,15 @@ def random_skeleton(config: Any, dtype: torch.dtype, device: str, seed: int) -> 
 
 
 def read_config(path: str | Path) -> Any:
-    """Configuration of a checkpoint."""
-    return AutoConfig.from_pretrained(path)
+    """Configuration of a checkpoint. Raises UserError for what is no directory of a model."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise UserError(f"{file} is not there: name the directory of a transformers model")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        told = str(error).splitlines()[0]
+        raise UserError(f"{file}: transformers cannot read it ({told}); mend it") from error
 
 
 def experts_modules(model: nn.Module) -> dict[str, Any]:

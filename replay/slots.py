@@ -105,6 +105,11 @@ class CopyEngine:
         with enough_memory("a slower link's scratch area", "give a smaller --link-scale or budget"):
             return torch.empty(size, dtype=torch.uint8, device=self._pool.memory.device)
 
+    @property
+    def scratch_bytes(self) -> int:
+        """GPU memory that only the emulation of a slower link takes."""
+        return 0 if self._scratch is None else self._scratch.numel()
+
     def refill(self) -> None:
         """Hand over chunks while the window has room and the core names one."""
         core = self._core

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeExperts  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 import cli  # noqa: E402
+import replay.cpu_lane  # noqa: E402
 from configs.errors import UserError  # noqa: E402
 from replay.calibrate.lane import LaneRig  # noqa: E402
 from replay.cpu_lane import CpuLane, default_threads  # noqa: E402
@@ -161,6 +163,22 @@ def test_a_worker_that_dies_is_an_error(olmoe: ReplayModel) -> None:
     with pytest.raises(UserError, match=r"has ended \(exit code -9\)"):
         wait_for(lane)
     lane.close()
+
+
+def test_a_worker_that_is_stopped_is_an_error(
+    olmoe: ReplayModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay.cpu_lane, "_ANSWER_S", 0.2)
+    lane = CpuLane(olmoe, ROWS, threads=1)
+    lane.process.send_signal(signal.SIGSTOP)
+    lane.start(0, [1], np.array([[0, 1]]), torch.zeros((1, 32), dtype=torch.bfloat16))
+    with pytest.raises(UserError, match=r"has not answered for 0\.2 s"):
+        wait_for(lane)
+    lane.process.send_signal(signal.SIGCONT)
+    wait_for(lane)  # it did no harm
+    lane.close()
+    lane.close()
+    assert lane.process.returncode == 0
 
 
 ORPHAN = """

@@ -22,6 +22,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from safetensors import safe_open  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 import cli  # noqa: E402
 import replay.memory  # noqa: E402
@@ -342,6 +343,40 @@ def test_another_geometry_is_told_before_its_weights_are_made(
     assert "a trace can only drive a model of its own layers x experts x top-k" in told
 
 
+def test_an_expert_that_its_shard_lacks_is_one_line(
+    shared: Path, sharded: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    index = sharded / "model.safetensors.index.json"
+    told = json.loads(index.read_text())
+    files = told["weight_map"]
+    second = "model-00002-of-00002.safetensors"
+    save_file({"other": torch.zeros(1)}, sharded / second)
+    expert = next(key for key in sorted(files) if ".experts." in key)
+    told["weight_map"] = {**dict.fromkeys(files, files[expert]), expert: second}
+    index.write_text(json.dumps(told))
+    words = command(shared, *LRU, "--expert-budget", "25%")
+    words[2] = str(sharded)
+    assert f"{second}: cannot be read" in fails(words, capsys, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (None, "config.json is not there: name the directory of a transformers model"),
+        ("{}", "config.json: transformers cannot read it (Unrecognized model"),
+        ("{broken", "config.json: transformers cannot read it"),
+    ],
+)
+def test_what_is_no_model_is_one_line(
+    shared: Path, tmp_path: Path, capsys: Any, monkeypatch: Any, config: str | None, said: str
+) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    words = command(shared, *LRU, "--expert-budget", "25%")
+    words[2] = str(tmp_path)
+    assert said in fails(words, capsys, monkeypatch)
+
+
 @pytest.fixture
 def sharded(shared: Path, tmp_path: Path) -> Path:
     """The twin under an index of two shards: the whole file, and one that is not there."""
@@ -367,6 +402,11 @@ def test_a_missing_shard_is_one_line(
     words[2] = str(sharded)
     told = fails(words, capsys, monkeypatch)
     assert "shard model-00002-of-00002.safetensors is missing; get it from the source" in told
+    index = sharded / "model.safetensors.index.json"
+    named = index.read_text()
+    index.write_text("{broken")
+    assert "is no index of a checkpoint" in fails(words, capsys, monkeypatch)
+    index.write_text(named)
     (sharded / "model-00002-of-00002.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     told = fails(words, capsys, monkeypatch)
     assert "model-00002-of-00002.safetensors" in told

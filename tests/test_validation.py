@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,6 @@ from replay.breakdown import COMPONENTS  # noqa: E402
 from replay.commands import validate  # noqa: E402
 from replay.model import from_checkpoint  # noqa: E402
 from replay.play import Session  # noqa: E402
-from replay.slots import scratch_bytes  # noqa: E402
 from replay.validation import machine  # noqa: E402
 from replay.validation.campaign import PlanInputs, choose, shown, timelines  # noqa: E402
 from replay.validation.errors import (  # noqa: E402
@@ -30,6 +30,7 @@ from replay.validation.errors import (  # noqa: E402
     gap,
     hidden_share,
     naive_ms,
+    naive_stall_ms,
     paired_errors,
     rankings,
     stall_ms,
@@ -37,6 +38,7 @@ from replay.validation.errors import (  # noqa: E402
 from replay.validation.figure import draw_scatter  # noqa: E402
 from replay.validation.files import (  # noqa: E402
     RunFiles,
+    alone_in,
     open_campaign,
     open_cells,
     read_campaign,
@@ -148,13 +150,14 @@ def test_a_gap_is_relative_to_the_median_measurement() -> None:
     assert stall is not None
     assert stall.error == 0
     assert gap(each, at("prefill_ms", "64")) is None
-    # 2 ms of the link's time, in 1 of which somebody waited.
-    assert hidden_share(each.measured[0]) == pytest.approx(0.5)
+    # 2 ms of the link's time, in 3/4 of which somebody waited for it, and then for the CPU.
+    assert hidden_share(each.measured[0]) == pytest.approx(1 - 0.75 / 2)
 
 
 def test_the_naive_estimate_is_what_it_says() -> None:
     # 3 copies a step; each 55 MB at 55 GB/s, 1 ms, and 1 + 5 + 3 + 10 us of host time.
     assert naive_ms(judged("lru", 9.0, (9.0,))) == pytest.approx(4 + 3 * (1 + 0.019))
+    assert naive_stall_ms(judged("lru", 9.0, (9.0,))) == pytest.approx(3)
 
 
 def test_steps_are_paired() -> None:
@@ -182,6 +185,54 @@ def test_noise_makes_ties() -> None:
     noisy = [judged("lru", 10.0, (9.5, 10.5)), judged("lfu", 9.0, (8.8, 8.9))]
     (found,) = rankings(noisy)
     assert (found.pairs, found.tau) == (0, None)
+
+
+def test_the_order_of_a_plan_decides_no_pair() -> None:
+    """3.05 % of the one are 2.96 % of the other."""
+    cells = [judged("lru", 10.0, (10.0,)), judged("lfu", 10.4, (10.305,))]
+    for group in (cells, cells[::-1]):
+        (found,) = rankings(group)
+        assert (found.pairs, found.agreed) == (1, 1)
+
+
+def test_one_prediction_for_both_is_no_right_sign() -> None:
+    cells = [judged("lru", 10.0, (10.0,)), judged("lfu", 10.0, (12.0,))]
+    for group in (cells, cells[::-1]):
+        (found,) = rankings(group)
+        assert (found.pairs, found.agreed) == (1, 0)
+        assert found.regret == pytest.approx(0.2)
+
+
+def with_digest(*cells: Judged, **changes: Any) -> None:
+    for each in cells:
+        each.run = replace(A_RUN, facts={**FACTS, "predictions_sha256": "0" * 64}, **changes)
+
+
+def test_what_was_predicted_and_never_came_is_judged(tmp_path: Path) -> None:
+    """A stall or a wait that only the simulator has."""
+    each = judged("lru", 10.0, (10.0,))
+    with_digest(each)
+    each.measured[0]["breakdown_ms"] = dict.fromkeys(each.predicted["breakdown_ms"], 0.01)
+    each.measured[0]["host_ms"]["wait_for_cpu"] = 0.0
+    (row,) = write_report(tmp_path, plan_of(tmp_path), [each])["points"]
+    assert row["stall_is_judged"]
+    assert "| demand-only | wait for cpu | 0.000 | +1.250 |" in (tmp_path / "report.md").read_text()
+
+
+def test_peak_memory_has_a_spread(tmp_path: Path) -> None:
+    each = judged("lru", 10.0, (10.0, 10.0))
+    with_digest(each)
+    each.measured[1]["peak_memory_bytes"] = 102
+    (row,) = write_report(tmp_path, plan_of(tmp_path), [each])["points"]
+    assert row["figures"]["memory_bytes"]["spread"] == pytest.approx(0.04)
+
+
+def test_a_link_that_is_not_the_calibrated_one_is_told(tmp_path: Path) -> None:
+    each = judged("lru", 10.0, (10.0,))
+    with_digest(each, before=Canary(4.0, round(A_RUN.times.link.bytes_per_s * 0.95)), after=None)
+    write_report(tmp_path, plan_of(tmp_path), [each])
+    told = "link, before against calibration: -5.00% (**the machine drifted**)"
+    assert told in (tmp_path / "report.md").read_text()
 
 
 def test_the_first_difference_is_shown() -> None:
@@ -218,9 +269,14 @@ def test_the_report_tells_drift_differences_and_errors(tmp_path: Path) -> None:
     assert report["summary"]["prefetching"]["tpot_ms"]["worst"] == pytest.approx(1 / 9)
     assert json.loads((tmp_path / "report.json").read_text())["points"][0]["policy"] == "lru"
     assert {path.suffix for path in draw_scatter([report], tmp_path)} == {".png", ".svg"}
-    both = write_together([tmp_path, tmp_path], tmp_path / "all")
+    other = tmp_path / "other"
+    other.mkdir()
+    write_report(other, plan, cells)
+    both = write_together([tmp_path, other], tmp_path / "far" / "all")
     assert "| TPOT, prefetching, worst | 2 | 8% | 11.1% | 21.6% | **missed** |" in both
-    assert json.loads((tmp_path / "all" / "summary.json").read_text())["all"]["ranking"]["groups"]
+    assert json.loads((tmp_path / "far" / "all" / "summary.json").read_text())["all"]["ranking"][
+        "groups"
+    ]
 
 
 def test_a_run_that_was_cut_off_says_so(tmp_path: Path) -> None:
@@ -329,6 +385,70 @@ def test_a_run_that_ended_before_it_measured_is_passed_over(tmp_path: Path) -> N
     assert RunFiles(out).folder.name == "run-2"
 
 
+def test_only_directories_of_runs_count(tmp_path: Path) -> None:
+    plan, out = plan_of(tmp_path), tmp_path / "out"
+    open_campaign(out, plan)
+    for name in ("run-old", "run-2.bak", "run-3"):
+        (out / name).mkdir()
+    assert RunFiles(out).folder.name == "run-4"  # 1 and 2 were moved away
+    assert read_campaign(out, plan) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "said"),
+    [
+        ("measurements.jsonl", '{"cell"', '{"ce', r"measurements.jsonl, line 1: is damaged"),
+        ("run.json", "{", "", r"run.json: is damaged"),
+        ("predictions.json", '"late": 10', '"late": 11', r"not what run.json has the SHA-256 of"),
+    ],
+)
+def test_what_was_damaged_or_changed_is_told(
+    tmp_path: Path, name: str, old: str, new: str, said: str
+) -> None:
+    plan, out = plan_of(tmp_path), tmp_path / "out"
+    open_campaign(out, plan)
+    (cell, *_) = cells_of(plan)
+    a_run(out, [cell], [(cell, repeat) for repeat in range(3)])
+    path = out / "run-1" / name
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(UserError, match=said):
+        read_campaign(out, plan)
+    assert path.read_text() == text.replace(old, new, 1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="campaigns run on CUDA under Linux")
+def test_two_campaigns_do_not_measure_in_one_directory(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    open_campaign(out, plan_of(tmp_path))
+    with alone_in(out):
+        with pytest.raises(UserError, match="another `moesim validate` is at work"), alone_in(out):
+            raise AssertionError("two at once")
+        told = CliRunner().invoke(
+            cli.app, ["validate", str(tmp_path / "plan.yaml"), "--out", str(out)]
+        )
+        assert "is at work" in str(told.exception)
+    with alone_in(out):
+        assert list(out.iterdir()) == [out / "plan.json"]
+
+
+def test_reports_that_cannot_be_read_as_one_are_refused(tmp_path: Path) -> None:
+    each = judged("lru", 10.0, (10.0,))
+    with_digest(each)
+    write_report(tmp_path, plan_of(tmp_path), [each])
+    with pytest.raises(UserError, match="is named twice"):
+        write_together([tmp_path, tmp_path / "." / "sub" / ".."], tmp_path / "all")
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "report.json").write_text('{"points": []}')
+    with pytest.raises(UserError, match="is of another version"):
+        write_together([old], tmp_path / "all")
+    assert not (tmp_path / "all").exists()
+    lines = write_together([tmp_path], tmp_path / "far" / "all")
+    assert "| [a plan](../../report.md) | 1 | A GPU |" in lines
+
+
 def test_another_plans_directory_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     open_campaign(out, plan_of(tmp_path))
@@ -425,7 +545,7 @@ def test_policy_times_are_by_share_of_the_experts(
     assert set(found) == {"lru", "next-gate depth=2"}
 
 
-def test_an_emulated_links_scratch_area_is_in_the_prediction() -> None:
+def test_the_measured_workspace_is_in_the_prediction() -> None:
     planned = {
         "nonexpert_bytes": 1000,
         "kv_bytes": 5,
@@ -434,9 +554,7 @@ def test_an_emulated_links_scratch_area_is_in_the_prediction() -> None:
         "gpu_memory_bytes": 1400,
         "slots": 3,
     }
-    assert scratch_bytes(100, 1.0) == 0
-    assert scratch_bytes(100, 2.5) == 151
-    found = engine_memory(planned, 20, 40 + scratch_bytes(100, 2.5))
+    found = engine_memory(planned, 20, 191)
     assert found == {"kv_bytes": 20, "workspace_bytes": 191, "peak_bytes": 1511, "fits": False}
 
 
@@ -514,6 +632,15 @@ def test_predictions_and_measurements_of_a_campaign_become_a_report(
     )
 
 
+def test_requests_that_decode_nothing_are_refused_before_anything_is_measured(
+    tmp_path: Path,
+) -> None:
+    trace = make_trace(tmp_path / "trace", layers=16, experts=64, top_k=8, output=0)
+    plan = plan_of(tmp_path)
+    with pytest.raises(UserError, match=r"requests 1, 2 have no decode step to time"):
+        PlanInputs(plan, trace)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -547,6 +674,14 @@ def test_a_plan_is_every_policy_at_every_budget_and_link(tmp_path: Path) -> None
         (("repeats: 3", "repeats: 3\ncalibration_budgets: []"), "calibration_budgets"),
         (("requests: [0]", "requests: [0]\nfit_requests: [2]"), "2 is judged and fitted on"),
         (("[1, 2.2]", "[0.5]"), "slower, not faster"),
+        (("[1, 2.2]", "[.nan]"), "slower, not faster"),
+        (("[1, 2.2]", "[2.2, 2.2000001]"), "lru 25% x2.2 is there twice"),
+        (("budgets: [25%, 50%]", "budgets: [25%, 25.0%]"), "lru 25% x1 is there twice"),
+        (("[lru,", "[lru, lru,"), "lru 25% x1 is there twice"),
+        (("budgets: [25%, 50%]", "budgets: [37.50%]"), "calibration_budgets: 37.5% is a judged"),
+        (("budgets: [25%, 50%]", "budgets: [plenty]"), "expert budget 'plenty'"),
+        (("[lru,", "[swapmoe,"), "policy swapmoe changes the routing"),
+        (("[lru,", "[resident,"), "policy resident has no budget"),
         (("geometry: olmoe-1b-7b", ""), "give geometry or model"),
     ],
 )

@@ -46,16 +46,17 @@ def validate_command(
     from tracer.extra import require_extra
 
     require_extra("moesim validate")
-    from replay.validation.files import open_campaign, open_cells
+    from replay.validation.files import alone_in, open_campaign, open_cells
     from replay.validation.plan import load_plan
 
     if minutes is not None and not minutes > 0:
         raise UserError(f"--minutes {minutes:g}: give a number above 0")
     chosen = load_plan(plan)
     open_campaign(out, chosen)
-    if open_cells(out, chosen):
-        _measure(out, chosen, trace or chosen.trace, None if minutes is None else minutes * 60)
-    report = _report(out, chosen)
+    with alone_in(out):
+        if open_cells(out, chosen):
+            _measure(out, chosen, trace or chosen.trace, None if minutes is None else minutes * 60)
+        report = _report(out, chosen)
     _tell(report, out)
     if any(row["first_difference"] for row in report["points"]):
         raise typer.Exit(DIFFERS)

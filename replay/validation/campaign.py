@@ -70,6 +70,15 @@ class PlanInputs:
 
         self.judged = of(plan.requests)
         self.calibration = of(plan.calibration_requests)
+        for inputs, requests in (
+            (self.judged, plan.requests),
+            (self.calibration, plan.calibration_requests),
+        ):
+            if all(step.prefill_tokens for step in inputs.workload("last-use").steps()):
+                raise UserError(
+                    f"requests {', '.join(map(str, requests))} have no decode step to time: "
+                    "choose others"
+                )
         self.geometry = plan.geometry or trace.manifest.geometry.name
 
     @property

@@ -67,8 +67,9 @@ def stall_ms(result: dict[str, Any]) -> float:
 
 def hidden_share(result: dict[str, Any]) -> float:
     """Of the link's time in decode steps: the share in which nobody waits for it."""
-    link = result["link_ms"]
-    return max(1 - stall_ms(result) / link, 0.0) if link else 0.0
+    link, parts = result["link_ms"], result["breakdown_ms"]
+    waited = parts["stall_late"] + parts["stall_miss"]  # not for the CPU
+    return max(1 - waited / link, 0.0) if link else 0.0
 
 
 def naive_ms(judged: Judged) -> float:
@@ -76,15 +77,25 @@ def naive_ms(judged: Judged) -> float:
 
     Misses and bytes of decode steps are the simulator's; c is what the host does for each.
     """
+    host = judged.run.times.passes[0].host
+    each = host.awaited_ns + host.copy_issue_ns + host.landing_ns + host.experts_launch_ns
+    work_ms = _copies(judged) * each / 1e6
+    return judged.run.before.resident_ms + naive_stall_ms(judged) + work_ms
+
+
+def naive_stall_ms(judged: Judged) -> float:
+    """Its exposed stall, bytes / bandwidth: what the host does for a miss is no stall."""
     run = judged.run
+    rate = run.times.link.bytes_per_s / judged.cell.link_scale
+    return _copies(judged) * run.expert_bytes / rate * 1e3
+
+
+def _copies(judged: Judged) -> float:
+    """Missed and late experts of a decode step, as predicted."""
     decode = judged.predicted["decode"]
     # A step gives a token to every request of a batch, and its copies are shared.
-    steps = decode["events"] / len(run.times.passes[0].segment_ns)
-    copies = (decode["misses"] + decode["late"]) / steps
-    host = run.times.passes[0].host
-    each = host.awaited_ns + host.copy_issue_ns + host.landing_ns + host.experts_launch_ns
-    rate = run.times.link.bytes_per_s / judged.cell.link_scale
-    return run.before.resident_ms + copies * (run.expert_bytes / rate * 1e3 + each / 1e6)
+    steps = decode["events"] / len(judged.run.times.passes[0].segment_ns)
+    return float((decode["misses"] + decode["late"]) / steps)
 
 
 def paired_errors(judged: Judged) -> dict[str, float]:
@@ -124,12 +135,15 @@ def _rank(budget: str, scale: float, group: list[Judged]) -> Ranking:
     known = [(label, found) for label, found in gaps if found is not None]
     pairs = agreed = 0
     for (_, one), (_, other) in combinations(known, 2):
-        apart = abs(one.measured / other.measured - 1)
+        # Of the faster one, whichever the plan names first.
+        apart = abs(one.measured - other.measured) / min(one.measured, other.measured)
         if apart <= max(LEAST_DIFFERENCE, 2 * max(one.spread, other.spread)):
             continue
         pairs += 1
-        agreed += (one.measured < other.measured) == (one.predicted < other.predicted)
-    picked = min(known, key=lambda item: item[1].predicted)
+        # One time predicted for both is no sign.
+        agreed += (one.measured - other.measured) * (one.predicted - other.predicted) > 0
+    # Of equal predictions the worst choice counts.
+    picked = min(known, key=lambda item: (item[1].predicted, -item[1].measured))
     best = min(known, key=lambda item: item[1].measured)
     return Ranking(
         budget=budget,

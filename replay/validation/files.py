@@ -8,9 +8,11 @@ written before anything is measured), `measurements.jsonl` (a line a measurement
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from configs.errors import UserError
 from configs.files import write_atomically
@@ -18,10 +20,11 @@ from configs.load import validated
 from configs.timings import ModelTimes, load_timings, render
 from replay.validation.judged import Canary, Figures, Judged, Run
 from replay.validation.plan import Cell, ValidationPlan, cells_of
-from replay.validation.run import Target
+from replay.validation.run import Target, digest_of
 
 _PLAN, _TIMES, _PREDICTIONS = "plan.json", "timings.yaml", "predictions.json"
 _MEASUREMENTS, _RUN = "measurements.jsonl", "run.json"
+_DIGEST = "predictions_sha256"
 
 
 def as_json(data: object) -> bytes:
@@ -36,8 +39,8 @@ def open_campaign(out: Path, plan: ValidationPlan) -> None:
     """
     known = out / _PLAN
     if known.is_file():
-        before = validated(ValidationPlan, json.loads(known.read_text()), str(known))
-        if not plan.judges_as(before):
+        data = _parsed(known, known.read_text(), "name another directory")
+        if not plan.judges_as(validated(ValidationPlan, data, str(known))):
             raise UserError(
                 f"{out}: holds another plan's results ({_PLAN} differs): name another directory"
             )
@@ -48,11 +51,29 @@ def open_campaign(out: Path, plan: ValidationPlan) -> None:
     write_atomically(known, as_json(plan.model_dump(mode="json")))
 
 
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Nobody else measures in this campaign meanwhile: both would time each other's load.
+
+    However a run ends, its claim ends with it. Raises UserError where another is at work.
+    """
+    import fcntl  # not on every system, and only a run on CUDA comes here
+
+    with (out / _PLAN).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{out}: another `moesim validate` is at work here: wait until it has ended"
+            ) from None
+        yield
+
+
 class RunFiles:
     """One run's directory, for writing."""
 
     def __init__(self, out: Path) -> None:
-        number = len(_runs(out)) + 1
+        number = max(map(_number, _runs(out)), default=0) + 1
         self.folder = out / f"run-{number}"
         self.folder.mkdir()
         self._facts: Figures = {}
@@ -61,7 +82,7 @@ class RunFiles:
         self, times: ModelTimes, targets: Sequence[Target], sha256: str, facts: Figures
     ) -> None:
         """Before anything is measured."""
-        self._facts = {**facts, "predictions_sha256": sha256}
+        self._facts = {**facts, _DIGEST: sha256}
         rows = [
             {
                 "cell": each.cell.label,
@@ -112,21 +133,39 @@ def open_cells(out: Path, plan: ValidationPlan) -> list[Cell]:
 
 
 def _runs(out: Path) -> list[Path]:
-    return sorted(out.glob("run-*"), key=lambda path: int(path.name.removeprefix("run-")))
+    """Directories of other names, such as a copy that somebody keeps, are none."""
+    found = (path for path in out.glob("run-*") if path.name.removeprefix("run-").isdecimal())
+    return sorted(found, key=_number)
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.removeprefix("run-"))
+
+
+def _parsed(path: Path, text: str, mend: str, line: int | None = None) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = "" if line is None else f", line {line}"
+        raise UserError(f"{path}{where}: is damaged ({error.msg}): {mend}") from error
 
 
 def _read_run(folder: Path, cells: dict[str, Cell]) -> list[Judged]:
-    facts = json.loads((folder / _RUN).read_text())
+    whole = f"restore it, or move {folder} away to measure its points again"
+    facts = _parsed(folder / _RUN, (folder / _RUN).read_text(), whole)
     canaries = facts.pop("canaries")
     run = Run(
-        number=int(folder.name.removeprefix("run-")),
+        number=_number(folder),
         facts=facts,
         times=load_timings(folder / _TIMES),
         before=Canary(**canaries["before"]),
         after=None if canaries["after"] is None else Canary(**canaries["after"]),
         expert_bytes=facts["expert_bytes"],
     )
-    rows = json.loads((folder / _PREDICTIONS).read_text())
+    path = folder / _PREDICTIONS
+    rows = _parsed(path, path.read_text(), whole)
+    if digest_of([(row["cell"], row["predicted"]) for row in rows]) != run.facts[_DIGEST]:
+        raise UserError(f"{path}: is not what {_RUN} has the SHA-256 of: {whole}")
     judged = {
         row["cell"]: Judged(cells[row["cell"]], run, row["predicted"], row["time_independent"])
         for row in rows
@@ -144,4 +183,8 @@ def _measurements(folder: Path) -> list[Figures]:
         return []
     lines = path.read_text().splitlines(keepends=True)
     # A run that was killed while it wrote leaves a line without an end.
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [
+        _parsed(path, line, "remove the line; its point is measured again", number)
+        for number, line in enumerate(lines, 1)
+        if line.endswith("\n")
+    ]

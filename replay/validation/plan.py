@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
@@ -10,7 +12,9 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+import policies
 from configs.load import find, read_yaml
+from configs.units import parse_expert_budget
 from sim.point import Point
 from sim.sweeps import PolicyChoice, PolicyChoices
 
@@ -40,7 +44,7 @@ class ValidationPlan(BaseModel):
     prefill_tokens: tuple[int, ...] = (8, 64)
     policies: PolicyChoices = Field(min_length=1)
     budgets: tuple[str, ...] = Field(min_length=1)
-    link_scales: tuple[float, ...] = (1.0,)
+    link_scales: tuple[float, ...] = Field(default=(1.0,), min_length=1)
     repeats: int = Field(default=3, ge=1, le=20)
     fit_requests: tuple[int, ...] = ()
 
@@ -66,10 +70,7 @@ class ValidationPlan(BaseModel):
             both = set(mine) & set(theirs)
             if both:
                 raise ValueError(f"request {min(both)} is {one} and {other}: choose one")
-        for budget in self.calibration_budgets:
-            if budget in self.budgets:
-                raise ValueError(f"calibration_budgets: {budget} is a judged budget")
-        if any(scale < 1 for scale in self.link_scales):
+        if not all(1 <= scale < math.inf for scale in self.link_scales):
             raise ValueError(
                 "link_scales: a link can be emulated slower, not faster; give 1 or more"
             )
@@ -79,6 +80,28 @@ class ValidationPlan(BaseModel):
         """Whether both judge the same; what is calibrated may differ, each run does it anew."""
         apart = {"calibration_budgets": ()}
         return self.model_copy(update=apart) == other.model_copy(update=apart)
+
+    @model_validator(mode="after")
+    def _check_points(self) -> Self:
+        """What would else be told after minutes of calibration, or never."""
+        for choice in self.policies:
+            info = policies.get(choice.name)
+            info.parse(choice.set)
+            if not info.lossless or info.needs_all:
+                does = "changes the routing" if not info.lossless else "has no budget"
+                raise ValueError(f"policy {choice.name} {does}: it cannot be judged here")
+        points = Counter(
+            (cell.point.label, _same(str(cell.point.expert_budget)), f"x{cell.link_scale:g}")
+            for cell in cells_of(self)
+        )
+        twice = [" ".join(point) for point, times in points.items() if times > 1]
+        if twice:
+            raise ValueError(f"{twice[0]} is there twice: name each policy, budget and link once")
+        judged = set(map(_same, self.budgets))
+        for budget in self.calibration_budgets:
+            if _same(budget) in judged:
+                raise ValueError(f"calibration_budgets: {budget} is a judged budget")
+        return self
 
 
 @dataclass(frozen=True)
@@ -92,6 +115,11 @@ class Cell:
     def label(self) -> str:
         """For tables."""
         return f"{self.point.label} {self.point.expert_budget} x{self.link_scale:g}"
+
+
+def _same(budget: str) -> str:
+    """One text for all ways to write a budget."""
+    return str(parse_expert_budget(budget))
 
 
 def load_plan(name_or_path: str | Path) -> ValidationPlan:

@@ -16,6 +16,7 @@ from replay.validation.errors import (
     gap,
     hidden_share,
     naive_ms,
+    naive_stall_ms,
     paired_errors,
     rankings,
     stall_ms,
@@ -33,7 +34,7 @@ from replay.validation.summary import (
 
 DRIFT = 0.02
 """A canary that moved more than this has to be told."""
-_STALL_FROM_MS = 0.05  # exposed stall below this is not judged in relative terms
+_STALL_FROM_MS = 0.05  # below it, predicted and measured, stall is not judged in relative terms
 _P99_FROM = 1000  # decode tokens
 _FIGURES = {
     "tpot_ms": at("itl_ms", "mean"),
@@ -59,8 +60,7 @@ def row_of(judged: Judged) -> Figures:
     tpot, stall = found["tpot_ms"], found["stall_ms"]
     assert tpot is not None, "a decode step was judged"
     assert stall is not None
-    naive, resident_ms = naive_ms(judged), judged.run.before.resident_ms
-    naive_stall = Gap(naive - resident_ms, stall.measured, stall.spread)
+    naive_stall = Gap(naive_stall_ms(judged), stall.measured, stall.spread)
     return {
         "policy": point.label,
         "budget": point.expert_budget,
@@ -78,10 +78,10 @@ def row_of(judged: Judged) -> Figures:
         "components_ms": {name: _told(gap(judged, at("host_ms", name))) for name in COMPONENTS},
         "link_hidden_share": float(np.median([hidden_share(each) for each in judged.measured])),
         "naive": {
-            "tpot_ms": _told(Gap(naive, tpot.measured, tpot.spread)),
+            "tpot_ms": _told(Gap(naive_ms(judged), tpot.measured, tpot.spread)),
             "stall_ms": _told(naive_stall),
         },
-        "stall_is_judged": stall.measured >= _STALL_FROM_MS,
+        "stall_is_judged": max(stall.predicted, stall.measured) >= _STALL_FROM_MS,
         "paired": paired_errors(judged),
     }
 
@@ -91,7 +91,9 @@ def _memory(judged: Judged) -> Gap | None:
     peaks = [result["peak_memory_bytes"] for result in judged.measured]
     if None in peaks:
         return None
-    return Gap(judged.predicted["memory"]["peak_bytes"], float(np.median(peaks)), 0.0)
+    middle = float(np.median(peaks))
+    spread = (max(peaks) - min(peaks)) / middle
+    return Gap(judged.predicted["memory"]["peak_bytes"], middle, spread)
 
 
 def _told(found: Gap | None) -> Figures | None:
@@ -128,6 +130,7 @@ def _run(run: Run) -> Figures:
         "before": asdict(run.before),
         "after": None if run.after is None else asdict(run.after),
         "drift": drift(run),
+        "link_since_calibration": run.before.link_bytes_per_s / run.times.link.bytes_per_s - 1,
     }
 
 
@@ -186,14 +189,16 @@ def _run_lines(run: Figures) -> list[str]:
         f"{before['link_bytes_per_s'] / 1e9:.2f} GB/s.",
         "",
     ]
+    told.append(_drift_line("link, before against calibration", run["link_since_calibration"]))
     if run["drift"] is None:
         return [*told, "- The run was cut off: nobody knows whether the machine drifted."]
-    return told + [_drift_line(name, moved) for name, moved in run["drift"].items()]
+    moves = run["drift"].items()
+    return told + [_drift_line(f"{name}, after against before", moved) for name, moved in moves]
 
 
-def _drift_line(name: str, moved: float) -> str:
+def _drift_line(what: str, moved: float) -> str:
     verdict = "**the machine drifted**" if abs(moved) > DRIFT else "steady"
-    return f"- {name}, after against before: {moved:+.2%} ({verdict})"
+    return f"- {what}: {moved:+.2%} ({verdict})"
 
 
 def _table(rows: Sequence[Figures]) -> list[str]:

@@ -18,7 +18,6 @@ from replay.breakdown import particulars
 from replay.calibrate.model import measure_link
 from replay.play import Session
 from replay.point import Log, decisions, predict_point, replay_point, timeline_of
-from replay.slots import scratch_bytes
 from replay.validation.judged import Canary, Figures
 from replay.validation.machine import scaled
 from replay.validation.plan import Cell
@@ -75,8 +74,8 @@ def _predict(session: Session, inputs: Inputs, times: ModelTimes, cell: Cell) ->
     found = predict_point(inputs, cell.point, timing, expert_bytes=nbytes)
     if times.workspace_bytes is not None:
         kv_bytes = geometry.kv_bytes_per_token * session.rows * session.kv_capacity
-        workspace = times.workspace_bytes + scratch_bytes(nbytes, cell.link_scale)
-        found.result["memory"].update(engine_memory(found.result["memory"], kv_bytes, workspace))
+        planned = found.result["memory"]
+        planned.update(engine_memory(planned, kv_bytes, times.workspace_bytes))
     return Target(
         cell,
         found.result,
@@ -91,7 +90,7 @@ def engine_memory(planned: Figures, kv_bytes: int, workspace_bytes: int) -> Figu
     """What of a result's memory is another in the engine than the simulator's estimate.
 
     ``kv_bytes``: of the session's cache, which its longest request needs. ``workspace_bytes``: as
-    it was measured, with a slower link's scratch area.
+    it was measured.
     """
     peak = planned["nonexpert_bytes"] + kv_bytes + workspace_bytes + planned["slots_bytes"]
     return {
@@ -104,8 +103,12 @@ def engine_memory(planned: Figures, kv_bytes: int, workspace_bytes: int) -> Figu
 
 def digest(targets: Sequence[Target]) -> str:
     """SHA-256 of all predictions."""
-    told = [[each.cell.label, each.predicted] for each in targets]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return digest_of([(each.cell.label, each.predicted) for each in targets])
+
+
+def digest_of(predictions: Sequence[tuple[str, Figures]]) -> str:
+    """Likewise, of cells' labels and figures."""
+    return hashlib.sha256(json.dumps(predictions, sort_keys=True).encode()).hexdigest()
 
 
 def measure(

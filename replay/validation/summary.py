@@ -178,7 +178,7 @@ def component_lines(rows: Sequence[Figures]) -> list[str]:
     for name, members in groups(rows):
         for component in COMPONENTS:
             found = [row["components_ms"][component] for row in members]
-            if all(each is None or not each["measured"] for each in found):
+            if not any(each and (each["measured"] or each["predicted"]) for each in found):
                 continue
             gaps = np.array([each["predicted"] - each["measured"] for each in found])
             shares = gaps / np.array([row["figures"]["tpot_ms"]["measured"] for row in members])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,11 +18,14 @@ from replay.validation.summary import component_lines, prefill_lines, summary, s
 
 def write_together(folders: Sequence[Path], out: Path) -> list[str]:
     """Write `summary.md`, `summary.json` and the picture; returns the first's lines."""
+    twice = [folder for folder, times in Counter(map(Path.resolve, folders)).items() if times > 1]
+    if twice:
+        raise UserError(f"{twice[0]} is named twice: its points would count twice")
     reports = [_read(folder) for folder in folders]
     rows = [row for report in reports for row in report["points"]]
     ranks = [rank for report in reports for rank in report["rankings"]]
     told = summary(rows, ranks)
-    lines = ["# Predicted against measured", "", *_of_each(folders, reports)]
+    lines = ["# Predicted against measured", "", *_of_each(folders, reports, out)]
     lines += ["", *summary_lines(told)]
     lines += ["", "## Where the error comes from", "", *component_lines(rows)]
     if any(row["prefill_ms"] for row in rows):
@@ -38,15 +43,16 @@ def _read(folder: Path) -> Figures:
     if not path.is_file():
         raise UserError(f"{path} is not there; `moesim validate` writes it")
     report: Figures = json.loads(path.read_text())
+    if "cells" not in report:
+        raise UserError(f"{path} is of another version: a campaign of this one makes it anew")
     return report
 
 
-def _of_each(folders: Sequence[Path], reports: Sequence[Figures]) -> list[str]:
+def _of_each(folders: Sequence[Path], reports: Sequence[Figures], out: Path) -> list[str]:
     lines = ["| what | points | machine |", "| --- | --- | --- |"]
     for folder, report in zip(folders, reports, strict=True):
         machine = report["runs"][0]["machine"].split(",")[0]
         name = report["plan"]["name"]
-        lines.append(
-            f"| [{name}](../{folder.name}/report.md) | {len(report['points'])} | {machine} |"
-        )
+        link = Path(os.path.relpath(folder, out)) / "report.md"
+        lines.append(f"| [{name}]({link.as_posix()}) | {len(report['points'])} | {machine} |")
     return lines
