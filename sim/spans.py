@@ -136,10 +136,10 @@ class Naming:
             return {}
         return {"layer": "head" if layer == self.layers else layer}
 
-    def numbers(self, keys: Iterable[int]) -> list[str]:
+    def numbers(self, keys: Iterable[int]) -> list[int | str]:
         """Experts of one layer."""
         named = [self.of_key(key) for key in keys]
-        return [f"{expert} low-bit" if low else str(expert) for _, expert, low in named]
+        return [f"{expert} low-bit" if low else expert for _, expert, low in named]
 
 
 def chrome_trace(
@@ -243,4 +243,4 @@ def _cpu(groups: Iterable[CpuSpan], naming: Naming) -> Iterator[Span]:
     for group in groups:
         experts = naming.numbers(group.experts)
         told = {**naming.place(group.layer), "experts": experts}
-        yield Span(_CPU, f"{group.layer}/{','.join(experts)}", group.begin, group.end, told)
+        yield Span(_CPU, f"{group.layer}/{','.join(map(str, experts))}", group.begin, group.end, told)
