@@ -243,4 +243,5 @@ def _cpu(groups: Iterable[CpuSpan], naming: Naming) -> Iterator[Span]:
     for group in groups:
         experts = naming.numbers(group.experts)
         told = {**naming.place(group.layer), "experts": experts}
-        yield Span(_CPU, f"{group.layer}/{','.join(map(str, experts))}", group.begin, group.end, told)
+        name = f"{group.layer}/{','.join(map(str, experts))}"
+        yield Span(_CPU, name, group.begin, group.end, told)
