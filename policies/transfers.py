@@ -16,7 +16,8 @@ class Copy:
     """One expert on its way to the GPU.
 
     ``sent`` and ``landed`` count chunks handed to the hardware and completed. ``awaited``: the
-    event in progress needs it. ``staged``: it goes to a staging slot.
+    event in progress needs it. ``staged``: it goes to a staging slot. ``outcome``: what became of
+    it, filled in by cores that watch for it.
     """
 
     __slots__ = (
@@ -28,6 +29,7 @@ class Copy:
         "key",
         "landed",
         "layer",
+        "outcome",
         "priority",
         "sent",
         "seq",
@@ -53,6 +55,7 @@ class Copy:
         self.priority = 0.0
         self.source = source
         self.staged = False
+        self.outcome = ""
         self.sent = 0
         self.landed = 0
 

@@ -14,6 +14,7 @@ timing     how long things take
 machine    the SimPy model: host thread, GPU stream, copy engine
 link       the copy engine
 gpu        the compute stream
+stretch    a part of a run as a timeline for Perfetto
 metrics    latencies, hits, bytes, time by cause
 sweeps     many points
 ranking    who wins where, in tables and words

@@ -1,4 +1,4 @@
-"""`moesim policies`, `simulate`, `sweep`, `plot` and `compare`."""
+"""`moesim policies`, `simulate`, `timeline`, `sweep`, `plot` and `compare`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from configs.errors import UserError
 from configs.units import format_bytes
-from sim import commands_compare
+from sim import commands_compare, commands_timeline
+from sim.options import (
+    BudgetOption,
+    DtypeOption,
+    ExpertBudgetOption,
+    FitShareOption,
+    GeometryOption,
+    HardwareOption,
+    LinkOption,
+    MaxTokensOption,
+    PolicyOption,
+    SeedOption,
+    SettingsOption,
+    TimingsOption,
+    TouchOrderOption,
+    TraceOption,
+    WindowOption,
+)
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
@@ -25,12 +42,14 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
     app.command("policies")(policies_command)
     app.command("simulate")(simulate_command)
+    commands_timeline.register(app)
     app.command("sweep")(sweep_command)
     app.command("plot")(plot_command)
     commands_compare.register(app)
 
 
-def _notes(trace: Any) -> None:
+def tell_notes(trace: Any) -> None:
+    """What a trace's readers should know, on stderr."""
     for note in trace.notes:
         print(f"moesim: note: {note}", file=sys.stderr)
 
@@ -70,54 +89,21 @@ def parse_settings(settings: list[str]) -> dict[str, str]:
 
 
 def simulate_command(
-    trace: Annotated[str, typer.Option("--trace", help="Trace directory, or sample.")],
-    hardware: Annotated[
-        str, typer.Option("--hardware", help="Name in configs/hardware, or a YAML file.")
-    ],
-    policy: Annotated[str, typer.Option("--policy", help="See moesim policies.")],
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            "--budget", help="GPU memory for the whole model: 8GiB. This or --expert-budget."
-        ),
-    ] = None,
-    expert_budget: Annotated[
-        str | None,
-        typer.Option("--expert-budget", help="GPU memory for expert slots: 4000MiB, 25%, 8/layer."),
-    ] = None,
-    geometry: Annotated[
-        str | None,
-        typer.Option("--geometry", help="Time this model instead of the trace's own."),
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="Precision of the experts: bf16, fp8, int4 ...")
-    ] = None,
-    timings: Annotated[
-        str | None,
-        typer.Option("--timings", help="File of the model's measured times on this hardware."),
-    ] = None,
-    link: Annotated[
-        str | None, typer.Option("--link", help="Link rate, GB/s unless a unit is given.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Policy parameter or common option, key=value; repeatable."),
-    ] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option("--max-tokens", help="Only the trace's first N tokens, prefill included."),
-    ] = None,
-    window: Annotated[
-        int, typer.Option("--window", help="Copies queued in hardware; more delay demand copies.")
-    ] = 2,
-    touch_order: Annotated[
-        str, typer.Option("--touch-order", help="Recency in a step: last-use, first-use, id.")
-    ] = "last-use",
-    fit_share: Annotated[
-        float | None,
-        typer.Option("--fit-share", help="Share of the requests that fitted policies learn from."),
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of policies that draw.")] = 0,
+    trace: TraceOption,
+    hardware: HardwareOption,
+    policy: PolicyOption,
+    budget: BudgetOption = None,
+    expert_budget: ExpertBudgetOption = None,
+    geometry: GeometryOption = None,
+    dtype: DtypeOption = None,
+    timings: TimingsOption = None,
+    link: LinkOption = None,
+    settings: SettingsOption = None,
+    max_tokens: MaxTokensOption = None,
+    window: WindowOption = 2,
+    touch_order: TouchOrderOption = "last-use",
+    fit_share: FitShareOption = None,
+    seed: SeedOption = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")
     ] = False,
@@ -147,7 +133,7 @@ def simulate_command(
         seed=seed,
     )
     opened = Trace.open(trace)
-    _notes(opened)
+    tell_notes(opened)
     result = run_point(inputs_for(opened, point), point)
     for note in result["notes"]:
         print(f"moesim: note: {note}", file=sys.stderr)

@@ -253,7 +253,10 @@ def _measured_times(point: Point, geometry: Geometry, hardware: Hardware) -> Mod
 
 
 def make_core(
-    inputs: Inputs, setting: Setting, log: list[tuple[object, ...]] | None = None
+    inputs: Inputs,
+    setting: Setting,
+    log: list[tuple[object, ...]] | None = None,
+    kind: type[DecisionCore] = DecisionCore,
 ) -> DecisionCore:
     """The point's decisions, before the first step."""
     point, info, shape = setting.point, setting.info, setting.shape
@@ -261,7 +264,7 @@ def make_core(
     policy = info.build(setting.params, data)
     fit = inputs.fit() if info.learns(setting.options) else None
     plan = _plan(shape, policy, setting.options, setting.memory, point, fit)
-    return DecisionCore(shape, plan, policy, setting.options, signals=data.signals, log=log)
+    return kind(shape, plan, policy, setting.options, signals=data.signals, log=log)
 
 
 def described(

@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 
 from sim.machine import Machine
-from sim.spans import COPY, CPU, DECIDE, EXPERTS, GPU, SEGMENT, ChunkSpan, Timeline, chrome_trace
+from sim.spans import (
+    COPY,
+    CPU,
+    DECIDE,
+    EXPERTS,
+    GPU,
+    SEGMENT,
+    ChunkSpan,
+    Kernel,
+    Timeline,
+    chrome_trace,
+)
 from sim.timing import HostCosts, LinkCosts
 from sim.traced import TracedMachine
 from tests.test_plain_model import Case, OddTiming, make_columns, make_core, make_shape
@@ -62,9 +73,9 @@ def test_the_recorded_model_takes_the_same_time_and_its_spans_add_up(case: Case)
     assert ends[-1] == traced.times.end[-1]
     assert {kind for _, kind, *_ in timeline.marks} >= {SEGMENT, GPU, DECIDE, EXPERTS}
     for one, other in pairwise(timeline.kernels):
-        assert one[2] <= other[1]
+        assert one.end <= other.begin
     assert (CPU in {kind for _, kind, *_ in timeline.marks}) == (case.policy == "fiddler")
-    busy = sum(end - begin for _, begin, end in timeline.kernels)
+    busy = sum(kernel.end - kernel.begin for kernel in timeline.kernels)
     assert busy == sum(traced.times.segments) + sum(traced.times.experts)
     for chunk, following in pairwise(timeline.chunks):
         assert chunk.end <= following.begin
@@ -76,7 +87,7 @@ def test_the_recorded_model_takes_the_same_time_and_its_spans_add_up(case: Case)
 def test_a_chrome_trace_names_what_was_copied_and_why() -> None:
     marks = [(100, 0, -1, 0), (140, SEGMENT, 0, 0), (190, COPY, 0, 0), (250, EXPERTS, 1, 2)]
     chunks = [ChunkSpan(13, "next_gate", False, 150, 180), ChunkSpan(3, "demand", True, 300, 310)]
-    timeline = Timeline("simulated", marks, chunks, [(0, 120, 160)], [100, 200], [200, 260])
+    timeline = Timeline("simulated", marks, chunks, [Kernel(0, 120, 160)], [100, 200], [200, 260])
     told = chrome_trace([timeline], experts=10, first=0, last=0)
     events = told["traceEvents"]
     assert [event["args"]["name"] for event in events if event["ph"] == "M"] == [
@@ -84,6 +95,7 @@ def test_a_chrome_trace_names_what_was_copied_and_why() -> None:
         "host",
         "GPU",
         "link",
+        "CPU",
     ]
     spans = [event for event in events if event["ph"] == "X"]
     assert [(event["tid"], event["name"], event["ts"], event["dur"]) for event in spans] == [
