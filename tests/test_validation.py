@@ -367,6 +367,21 @@ def test_a_report_grows_with_its_campaign(tmp_path: Path) -> None:
     assert (out / "scatter.png").is_file()
 
 
+def test_a_report_of_what_is_there_needs_no_gpu(tmp_path: Path) -> None:
+    plan, out = plan_of(tmp_path), tmp_path / "out"
+    open_campaign(out, plan)
+    first, *_ = cells_of(plan)
+    command = ["validate", str(tmp_path / "plan.yaml"), "--out", str(out), "--report-only"]
+    told = CliRunner().invoke(cli.app, command)
+    assert isinstance(told.exception, UserError)
+    assert "no point has been measured 3 times yet" in str(told.exception)
+    a_run(out, [first], [(first, repeat) for repeat in range(3)])
+    told = CliRunner().invoke(cli.app, command)
+    assert told.exit_code == 0, told.output
+    assert "1 of 8 points" in (out / "report.md").read_text()
+    assert "7 of 8 points are not measured yet" in told.output
+
+
 def test_the_first_full_measurement_of_a_point_stays(tmp_path: Path) -> None:
     plan, out = plan_of(tmp_path), tmp_path / "out"
     open_campaign(out, plan)

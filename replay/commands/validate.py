@@ -33,6 +33,9 @@ def validate_command(
         float | None,
         typer.Option("--minutes", help="Measure as many points as fit; run again for the rest."),
     ] = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Report what is measured; needs no GPU.")
+    ] = False,
 ) -> None:
     """Predict every point of a plan, then measure them on a GPU, and report the gaps.
 
@@ -54,7 +57,7 @@ def validate_command(
     chosen = load_plan(plan)
     open_campaign(out, chosen)
     with alone_in(out):
-        if open_cells(out, chosen):
+        if open_cells(out, chosen) and not report_only:
             _measure(out, chosen, trace or chosen.trace, None if minutes is None else minutes * 60)
         report = _report(out, chosen)
     _tell(report, out)
