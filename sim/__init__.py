@@ -19,6 +19,7 @@ metrics    latencies, hits, bytes, time by cause
 sweeps     many points
 ranking    who wins where, in tables and words
 plots      figures
+fit_engine another engine, from a few of its speeds
 =========  ==============================================================
 """
 
