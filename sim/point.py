@@ -256,15 +256,16 @@ def make_core(
     inputs: Inputs,
     setting: Setting,
     log: list[tuple[object, ...]] | None = None,
-    kind: type[DecisionCore] = DecisionCore,
+    kind: type[DecisionCore] | None = None,
 ) -> DecisionCore:
-    """The point's decisions, before the first step."""
+    """The point's decisions, before the first step. ``kind``: of core, None: the usual one."""
     point, info, shape = setting.point, setting.info, setting.shape
     data = _policy_data(info, setting.params, inputs, point, shape, setting.timing)
     policy = info.build(setting.params, data)
     fit = inputs.fit() if info.learns(setting.options) else None
     plan = _plan(shape, policy, setting.options, setting.memory, point, fit)
-    return kind(shape, plan, policy, setting.options, signals=data.signals, log=log)
+    made = DecisionCore if kind is None else kind
+    return made(shape, plan, policy, setting.options, signals=data.signals, log=log)
 
 
 def described(
