@@ -277,8 +277,8 @@ A case can be a file (`moesim fit-engine case.yaml`):
 Speeds published by others. Every choice of two (three) of them predicts the rest, and no speed is
 judged by a fit that it took part in. The form of the curve was chosen with these speeds in sight,
 and the rule for left-out speeds was changed after a look at what three of imp's predict (it then
-asked whether each was in its own, wide interval, and 0 of 4 were inside). Later, with the figures in
-sight as well, such errors were taken in the logarithm, and measured speeds came to bound the
+asked whether each was in its own, wide interval, and 0 of 4 were inside). Later, with the figures
+in sight as well, such errors were taken in the logarithm, and measured speeds came to bound the
 interval: a test of how far two
 speeds carry, not of a form that knew nothing of them.
 
