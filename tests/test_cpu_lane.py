@@ -259,7 +259,10 @@ TWINS = {
 }
 
 
-@pytest.fixture(scope="module", params=list(TWINS))
+@pytest.fixture(
+    scope="module",
+    params=["olmoe-twin", pytest.param("qwen2moe-twin", marks=pytest.mark.exhaustive)],
+)
 def driven(
     request: pytest.FixtureRequest, shared: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Session, Inputs, list[int]]]:

@@ -62,7 +62,10 @@ class Recorded:
         return self.inputs.workload("last-use")
 
 
-@pytest.fixture(scope="module", params=["olmoe-twin", "qwen2moe-twin"])
+@pytest.fixture(
+    scope="module",
+    params=["olmoe-twin", pytest.param("qwen2moe-twin", marks=pytest.mark.exhaustive)],
+)
 def recorded(
     request: pytest.FixtureRequest, shared: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Recorded]:

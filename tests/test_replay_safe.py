@@ -432,8 +432,8 @@ cli.main()
     ("number", "code", "said"),
     [
         (signal.SIGINT, 130, ["moesim: interrupted"]),
-        (signal.SIGTERM, 143, []),
-        (signal.SIGKILL, -signal.SIGKILL, []),
+        pytest.param(signal.SIGTERM, 143, [], marks=pytest.mark.exhaustive),
+        pytest.param(signal.SIGKILL, -signal.SIGKILL, [], marks=pytest.mark.exhaustive),
     ],
     ids=["int", "term", "kill"],
 )
