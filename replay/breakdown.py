@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from replay.play import ForcedStep, Measured
 from sim.spans import NAMES, Mark, Timeline
 from tracer.workload import Workload
+
+if TYPE_CHECKING:
+    # Reports are read where torch is not installed.
+    from replay.play import ForcedStep, Measured
 
 _STALLS = ("stall_late", "stall_miss", "stall_cpu")
 

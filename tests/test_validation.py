@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -67,6 +68,7 @@ from sim.spans import Timeline  # noqa: E402
 from tests.test_timings import a_pass, model_times  # noqa: E402
 from tests.traces import make_trace  # noqa: E402
 
+PROJECT = Path(__file__).resolve().parents[1]
 PLAN = """
 name: a plan
 geometry: olmoe-1b-7b
@@ -380,6 +382,27 @@ def test_a_report_of_what_is_there_needs_no_gpu(tmp_path: Path) -> None:
     assert told.exit_code == 0, told.output
     assert "1 of 8 points" in (out / "report.md").read_text()
     assert "7 of 8 points are not measured yet" in told.output
+
+
+def test_results_are_read_where_torch_is_not_installed(tmp_path: Path) -> None:
+    """A campaign's report from its files, and a summary of it."""
+    shipped = PROJECT / "validation" / "h200" / "locked-gpt-oss"
+    kept = tmp_path / "kept"
+    shutil.copytree(shipped, kept)
+    program = (
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'safetensors')));"
+        "import cli; sys.exit(cli.main())"
+    )
+    for command in (
+        ["validate", "locked-gpt-oss", "--out", str(kept), "--report-only"],
+        ["validation-summary", str(kept), "--out", str(tmp_path / "all")],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *command], capture_output=True, text=True, cwd=PROJECT
+        )
+        assert done.returncode == 0, done.stderr
+        assert "| TPOT, prefetching, median |" in done.stdout
+    assert (kept / "report.json").read_bytes() == (shipped / "report.json").read_bytes()
 
 
 def test_the_first_full_measurement_of_a_point_stays(tmp_path: Path) -> None:

@@ -46,11 +46,12 @@ def validate_command(
 
     Example: moesim validate olmoe-dev --out validation/h200/olmoe-dev --minutes 9
     """
-    from tracer.extra import require_extra
-
-    require_extra("moesim validate")
     from replay.validation.files import alone_in, open_campaign, open_cells
     from replay.validation.plan import load_plan
+    from tracer.extra import require_extra
+
+    if not report_only:
+        require_extra("moesim validate")
 
     if minutes is not None and not minutes > 0:
         raise UserError(f"--minutes {minutes:g}: give a number above 0")

@@ -12,15 +12,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
 from configs.files import write_atomically
 from configs.load import validated
 from configs.timings import ModelTimes, load_timings, render
-from replay.validation.judged import Canary, Figures, Judged, Run
+from replay.validation.judged import Canary, Figures, Judged, Run, digest_of
 from replay.validation.plan import Cell, ValidationPlan, cells_of
-from replay.validation.run import Target, digest_of
+
+if TYPE_CHECKING:
+    # Campaigns are read where torch is not installed.
+    from replay.validation.run import Target
 
 _PLAN, _TIMES, _PREDICTIONS = "plan.json", "timings.yaml", "predictions.json"
 _MEASUREMENTS, _RUN = "measurements.jsonl", "run.json"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,3 +52,8 @@ class Judged:
     time_independent: bool
     measured: list[Figures] = field(default_factory=list)
     difference: str | None = None
+
+
+def digest_of(predictions: Sequence[tuple[str, Figures]]) -> str:
+    """SHA-256 of predictions: cells' labels and figures."""
+    return hashlib.sha256(json.dumps(predictions, sort_keys=True).encode()).hexdigest()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from replay.breakdown import particulars
 from replay.calibrate.model import measure_link
 from replay.play import Session
 from replay.point import Log, decisions, predict_point, replay_point, timeline_of
-from replay.validation.judged import Canary, Figures
+from replay.validation.judged import Canary, Figures, digest_of
 from replay.validation.machine import scaled
 from replay.validation.plan import Cell
 from sim.calibrated import CalibratedTiming
@@ -104,11 +102,6 @@ def engine_memory(planned: Figures, kv_bytes: int, workspace_bytes: int) -> Figu
 def digest(targets: Sequence[Target]) -> str:
     """SHA-256 of all predictions."""
     return digest_of([(each.cell.label, each.predicted) for each in targets])
-
-
-def digest_of(predictions: Sequence[tuple[str, Figures]]) -> str:
-    """Likewise, of cells' labels and figures."""
-    return hashlib.sha256(json.dumps(predictions, sort_keys=True).encode()).hexdigest()
 
 
 def measure(
