@@ -23,6 +23,14 @@ def prepare_figure(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
+def refuse_non_empty(path: Path) -> None:
+    """Raise UserError where `path` is a file or a directory that holds something."""
+    if path.is_file():
+        raise UserError(f"{path}: is a file; name a new directory")
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"{path}: exists and is not empty; name a new directory or remove it")
+
+
 def prepare_directory(path: Path, option: str) -> None:
     """Make the directory of what is written at the end of a long run, now.
 

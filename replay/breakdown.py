@@ -43,9 +43,25 @@ class Marks:
     def read(cls, marks: Sequence[Mark], begins: Sequence[int]) -> Self:
         """``begins``: of the steps, ns."""
         end, kind, layer, count = np.array(marks, np.int64).reshape(-1, 4).T
-        # The mark that ends where a step begins is the last of what was before.
-        step = np.searchsorted(np.array(begins), end, side="left") - 1
+        step = _step_of(end, begins)
         return cls(np.diff(end, prepend=end[:1]), end, kind, layer, count, step)
+
+    def within(self, chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Which marks belong to ``chosen`` steps, bool [steps]."""
+        return _within(self.step, chosen)
+
+
+def _step_of(ends: Ints, begins: Sequence[int]) -> Ints:
+    """The step in which something ends, -1 before the first.
+
+    What ends where a step begins is the last of what was before.
+    """
+    return np.searchsorted(np.array(begins), ends, side="left") - 1
+
+
+def _within(step: Ints, chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    belongs: npt.NDArray[np.bool_] = (step >= 0) & chosen[np.maximum(step, 0)]
+    return belongs
 
 
 def components(marks: Marks, decode: npt.NDArray[np.bool_]) -> dict[str, float | None]:
@@ -53,7 +69,7 @@ def components(marks: Marks, decode: npt.NDArray[np.bool_]) -> dict[str, float |
     number = int(decode.sum())
     if not number:
         return dict.fromkeys(COMPONENTS)
-    counted = (marks.step >= 0) & decode[np.maximum(marks.step, 0)]
+    counted = marks.within(decode)
     return {
         name: float(marks.duration[counted & (marks.kind == kind)].sum()) / number / 1e6
         for kind, name in enumerate(COMPONENTS)
@@ -100,7 +116,6 @@ def _link_ms(timeline: Timeline, decode: npt.NDArray[np.bool_]) -> float | None:
         return None
     spans = np.array([(chunk.begin, chunk.end) for chunk in timeline.chunks], np.int64)
     spans = spans.reshape(-1, 2)
-    step = np.searchsorted(np.array(timeline.step_begins), spans[:, 1], side="left") - 1
-    counted = (step >= 0) & decode[np.maximum(step, 0)]
+    counted = _within(_step_of(spans[:, 1], timeline.step_begins), decode)
     busy = (spans[:, 1] - spans[:, 0])[counted].sum()
     return float(busy) / int(decode.sum()) / 1e6

@@ -180,25 +180,33 @@ class Driver:
         self.core.landed.clear()
 
     def _spin_for(self, layer: int, key: int | None) -> None:
-        """Poll until ``key`` (None: any awaited expert) is there, and book the device's idleness.
+        """Poll until ``key`` (None: any awaited expert) is there; book the device's idleness."""
+        landed, state = self.core.landed, self.core.memory.state
+        if key is None:
+            idle_ns = self._await(lambda: bool(landed), COPY, layer)
+        else:
+            idle_ns = self._await(lambda: state[key] == RESIDENT, COPY, layer)
+        if idle_ns:
+            self._book_stall(landed[-1], idle_ns)
+
+    def _await(self, done: Callable[[], bool], kind: int, layer: int) -> int:
+        """Spin until ``done`` and mark it; ns for which the device has had nothing to run.
 
         A wait whose condition holds when it begins has none.
         """
-        landed, state = self.core.landed, self.core.memory.state
         dry = self._reached
         if dry is not None:
             dry.record()
         idle_from = perf_counter_ns() if dry is None else 0
         self.spin()
         waited = False
-        while not (landed if key is None else state[key] == RESIDENT):
+        while not done():
             waited = True
             if not idle_from and dry is not None and dry.query():
                 idle_from = perf_counter_ns()
             self.spin()
-        now = self.ledger.mark(COPY, layer)
-        if waited and idle_from:
-            self._book_stall(landed[-1], now - idle_from)
+        now = self.ledger.mark(kind, layer)
+        return now - idle_from if waited and idle_from else 0
 
     def _start_cpu(self, layer: int, keys: Sequence[int], rows: Rows) -> None:
         assert self.lane is not None
@@ -208,21 +216,9 @@ class Driver:
 
     def _join_cpu(self, layer: int, experts: int, rows: Rows) -> None:
         """Poll until the CPU is done, and launch what adds its result."""
-        lane, dry = self.lane, self._reached
+        lane = self.lane
         assert lane is not None
-        if dry is not None:
-            dry.record()
-        idle_from = perf_counter_ns() if dry is None else 0
-        waited = False
-        self.spin()
-        while not lane.done():
-            waited = True
-            if not idle_from and dry is not None and dry.query():
-                idle_from = perf_counter_ns()
-            self.spin()
-        now = self.ledger.mark(CPU, layer)
-        if waited and idle_from:
-            self.stall_cpu_ns += now - idle_from
+        self.stall_cpu_ns += self._await(lane.done, CPU, layer)
         lane.finish(rows.out)
         self.ledger.mark(EXPERTS, layer, experts)
 

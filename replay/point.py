@@ -201,9 +201,13 @@ class Predicted:
 
 def predict_point(inputs: Inputs, point: Point, timing: Timing, *, expert_bytes: int) -> Predicted:
     """The same point simulated with ``timing``."""
-    setting = resolve_point(inputs, point, expert_bytes=expert_bytes)
+    return predict_setting(inputs, resolve_point(inputs, point, expert_bytes=expert_bytes), timing)
+
+
+def predict_setting(inputs: Inputs, setting: Setting, timing: Timing) -> Predicted:
+    """Likewise, of a point that is resolved."""
     core = make_core(inputs, setting, log=[])
-    machine = TracedMachine(setting.workload, core, timing, window=point.window)
+    machine = TracedMachine(setting.workload, core, timing, window=setting.point.window)
     machine.run()
     metrics = collect(setting.workload, machine.times, core.tally, machine.link.busy_ns)
     result = described(inputs, setting, core, metrics)

@@ -12,6 +12,14 @@ from pydantic import ValidationError
 
 from configs.errors import UserError
 from configs.files import prepare_directory
+from sim.options import (
+    DtypeOption,
+    FitShareOption,
+    GeometryOption,
+    HardwareOption,
+    MaxTokensOption,
+    SeedOption,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -21,16 +29,9 @@ def register(app: typer.Typer) -> None:
 
 def compare_command(
     trace: Annotated[str, typer.Argument(help="Trace directory, or sample.")],
-    hardware: Annotated[
-        str, typer.Option("--hardware", help="Name in configs/hardware, or a YAML file.")
-    ],
-    geometry: Annotated[
-        str | None,
-        typer.Option("--geometry", help="Time this model instead of the trace's own."),
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="Precision of the experts: bf16, fp8, int4 ...")
-    ] = None,
+    hardware: HardwareOption,
+    geometry: GeometryOption = None,
+    dtype: DtypeOption = None,
     policies: Annotated[
         str | None,
         typer.Option(
@@ -49,15 +50,9 @@ def compare_command(
         str | None,
         typer.Option("--links", help="Link rates by commas, such as 12GB/s,24GB/s,50GB/s."),
     ] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option("--max-tokens", help="Only the trace's first N tokens, prefill included."),
-    ] = None,
-    fit_share: Annotated[
-        float | None,
-        typer.Option("--fit-share", help="Share of the requests that fitted policies learn from."),
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of policies that draw.")] = 0,
+    max_tokens: MaxTokensOption = None,
+    fit_share: FitShareOption = None,
+    seed: SeedOption = 0,
     jobs: Annotated[int, typer.Option("--jobs", help="Processes.")] = 1,
     out: Annotated[
         Path | None,

@@ -102,6 +102,11 @@ class Timeline:
     under_way: ChunkSpan | None = None
     cpu: Sequence[CpuSpan] = ()
 
+    @property
+    def on_wire(self) -> list[ChunkSpan]:
+        """All chunks, the one under way as the run ended among them, by when they began."""
+        return [*self.chunks, *([self.under_way] if self.under_way else [])]
+
 
 class Span(NamedTuple):
     """Something on a track, from when to when, ns, with what is told of it."""
@@ -170,11 +175,10 @@ def chrome_trace(
 def _shown(timeline: Timeline, naming: Naming, first: int, last: int) -> Iterator[Span]:
     """What happened, at least partly, in these steps."""
     begin, end = timeline.step_begins[first], timeline.step_ends[last]
-    chunks = [*timeline.chunks, *([timeline.under_way] if timeline.under_way else [])]
     for span in (
         *_host(timeline, naming),
         *_gpu(timeline.kernels, naming),
-        *_link(chunks, naming),
+        *_link(timeline.on_wire, naming),
         *_cpu(timeline.cpu, naming),
     ):
         if span.begin < end and span.end > begin:

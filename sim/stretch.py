@@ -30,8 +30,7 @@ class Stretch:
     @property
     def chunks(self) -> list[ChunkSpan]:
         """All that were on the wire in these steps, at least partly, by when they began."""
-        under_way = self.timeline.under_way
-        return [*self.timeline.chunks, *([under_way] if under_way else [])]
+        return self.timeline.on_wire
 
     @property
     def duration_ns(self) -> int:

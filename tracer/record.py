@@ -26,13 +26,14 @@ import transformers
 from numpy.typing import NDArray
 
 from configs.errors import UserError
+from configs.files import refuse_non_empty
 from configs.geometry import Geometry
 from tracer.columns import DECODE, PREFILL, column_spec
 from tracer.load_model import Loaded, load_model
 from tracer.modelinfo import NOT_FINITE, describe_model
 from tracer.prompts import Prompt, prompts_sha256
 from tracer.tap import Capture, RoutingTap, check_lookahead
-from tracer.writer import DEFAULT_SHARD_ROWS, TraceWriter, refuse_non_empty, refuse_unwritable
+from tracer.writer import DEFAULT_SHARD_ROWS, TraceWriter, refuse_unwritable
 
 RECORDABLE = ("weights", "gate_probs", "gate_norms", "embedding", "gate_inputs")
 DEFAULT_COLUMNS = ("weights",)

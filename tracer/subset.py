@@ -15,11 +15,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from configs.errors import UserError
+from configs.files import refuse_non_empty
 from tracer.columns import REQUIRED
 from tracer.manifest import TOKENS, TrainedPredictor
 from tracer.timing_table import StepTimings
 from tracer.trace import Trace
-from tracer.writer import TraceWriter, refuse_non_empty
+from tracer.writer import TraceWriter
 
 GATE_INPUTS = "gate_inputs"
 

@@ -21,6 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from configs.errors import UserError
+from configs.files import refuse_non_empty
 from tracer.arrays import ARRAYS_FILE, Arrays, ArrayTrace, load_arrays, row_range
 from tracer.checks import NULL_WHERE_EXPERTS_ARE, RowOrder, check_columns, check_nulls_match
 from tracer.columns import (
@@ -36,7 +37,7 @@ from tracer.manifest import TOKENS, Manifest, Shard, read_manifest, write_manife
 from tracer.requests import REQUESTS_FILE, REQUESTS_SCHEMA, requests_table
 from tracer.shards import DAMAGED, read_table
 from tracer.timing_table import read_timings
-from tracer.writer import TraceWriter, append_column, refuse_non_empty
+from tracer.writer import TraceWriter, append_column
 
 __all__ = [
     "DECODE",

@@ -20,7 +20,7 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from configs.errors import UserError
-from configs.files import write_atomically
+from configs.files import refuse_non_empty, write_atomically
 from tracer.checks import RowOrder, check_columns, check_nulls_match, check_step_order
 from tracer.columns import (
     REQUIRED,
@@ -302,14 +302,6 @@ def append_column(
     update = {"columns": manifest.columns | infos, "shards": (*manifest.shards, *shards)}
     update |= fields()
     write_manifest(trace_dir, manifest.model_copy(update=update))
-
-
-def refuse_non_empty(path: Path) -> None:
-    """Raise UserError where `path` is a file or a directory that holds something."""
-    if path.is_file():
-        raise UserError(f"{path}: is a file; name a new directory")
-    if path.is_dir() and any(path.iterdir()):
-        raise UserError(f"{path}: exists and is not empty; name a new directory or remove it")
 
 
 def refuse_unwritable(path: Path) -> None:

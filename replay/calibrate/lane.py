@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from time import perf_counter_ns
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from configs.timings import CpuTimes, GroupTime
 from replay.calibrate.model import Traffic
 from replay.calibrate.rig import CalibrationError
-from replay.calibrate.stats import excess
+from replay.calibrate.stats import excess, median_ns
 from replay.cuda_driver import CopyStream
 from replay.play import Session
 
@@ -67,7 +67,7 @@ class LaneRig:
         for experts, tokens in self._sizes():
             for _ in range(_WARM_UPS):
                 self.once(experts, tokens)
-            ns = _median([self.once(experts, tokens) for _ in range(_REPEATS)])
+            ns = median_ns([self.once(experts, tokens) for _ in range(_REPEATS)])
             yield GroupTime(experts=experts, tokens=tokens, ns=ns)
 
     def _sizes(self) -> list[tuple[int, int]]:
@@ -87,7 +87,7 @@ class LaneRig:
             found.append(self._start_step())
             while not self.lane.done():
                 pass
-        return _median(found)
+        return median_ns(found)
 
     def combine_ns(self) -> int:
         """From the end of the launch that fetches a decode step's result until it is seen done."""
@@ -102,7 +102,7 @@ class LaneRig:
             while not done.query():
                 pass
             found.append(perf_counter_ns() - began)
-        return max(_median(found) - self.readback_ns, 0)
+        return max(median_ns(found) - self.readback_ns, 0)
 
     def slowdown(self) -> float:
         """By which a decode step's group takes longer while copies run."""
@@ -193,7 +193,3 @@ def cpu_times(session: Session, readback_ns: int) -> CpuTimes:
 
 def _nothing() -> None:
     pass
-
-
-def _median(values: Sequence[int]) -> int:
-    return round(float(np.median(values)))

@@ -25,6 +25,7 @@ from policies.core import DecisionCore
 from policies.interface import PolicyData, Shape
 from replay.breakdown import Marks
 from replay.calibrate.rig import CalibrationError
+from replay.calibrate.stats import median_ns
 from replay.cuda_driver import CopyStream
 from replay.play import ForcedStep, Replay, Session
 from replay.slots import SlotPool
@@ -54,15 +55,17 @@ class Run(Marks):
         """Marks of a kind, without those of the first steps."""
         return (self.kind == kind) & (self.step >= self.settling)
 
+    @property
+    def step_ns(self) -> float:
+        """Mean time of a step between its layers."""
+        between = self.settled(STEP)
+        return float(self.duration[between].sum() / len(np.unique(self.step[between])))
+
 
 class PrefillRun(Run):
     """Of prefills: the first ones bring the experts in, compile and allocate."""
 
     settling = _PREFILLS // 2
-
-
-def _median(values: Ints) -> int:
-    return round(float(np.median(values)))
 
 
 def _mean_of(runs: Sequence[Run], kind: int) -> int:
@@ -169,24 +172,22 @@ class ModelRig:
 
     def _decode_host(self, runs: dict[int, Run]) -> HostTimes:
         resident, most_missed = runs[0], runs[self.shape.top_k]
-        decisions = {n: _median(run.duration[run.settled(DECIDE)]) for n, run in runs.items()}
-        idle = _median(resident.duration[resident.settled(ISSUE)])
+        decisions = {n: median_ns(run.duration[run.settled(DECIDE)]) for n, run in runs.items()}
+        idle = median_ns(resident.duration[resident.settled(ISSUE)])
         handed = most_missed.settled(ISSUE) & (most_missed.count > 0)
         # Of runs with one or two misses an event, and means: after a wait, calls take longer than
         # back to back, and what is rare and long costs as much as it takes.
         few = [runs[misses] for misses in (1, min(2, self.shape.top_k))]
         launch = _mean_of(few, EXPERTS)
-        steps = sum(len(np.unique(run.step[run.settled(STEP)])) for run in few)
-        marks = sum(int(run.settled(STEP).sum()) for run in few)
         return HostTimes(
-            step_ns=_mean_of(few, STEP) * marks // steps,
+            step_ns=round(float(np.mean([run.step_ns for run in few]))),
             segment_launch_ns=_mean_of(few, SEGMENT),
             experts_launch_ns=launch,
             launch_each_ns=0,
             readback_ns=self.readback_ns,
             decision_ns=decisions[0] + idle,
             awaited_ns=_slope(decisions),
-            copy_issue_ns=_median(
+            copy_issue_ns=median_ns(
                 (most_missed.duration[handed] - idle) // most_missed.count[handed]
             ),
             landing_ns=self._landing_ns(runs[1], launch),
@@ -207,7 +208,7 @@ class ModelRig:
         """Segments and head: what the host waits for, less the experts before and the readback."""
         layers = self.shape.layers
         waited = [self._waited(resident, layer) for layer in range(layers + 1)]
-        first = _median(resident.duration[resident.settled(GPU) & (resident.layer == 0)])
+        first = median_ns(resident.duration[resident.settled(GPU) & (resident.layer == 0)])
         segments = [max(first - self.readback_ns, 0)]
         segments += [max(ns - experts_ns - self.readback_ns, 0) for ns in waited[1:]]
         return {"segment_ns": tuple(segments[:layers]), "head_ns": segments[layers]}
@@ -216,7 +217,7 @@ class ModelRig:
     def _waited(run: Run, layer: int) -> int:
         """From the experts' launch to the next gate being known."""
         waits = np.flatnonzero(run.settled(GPU) & (run.layer == layer))
-        return _median(run.duration[waits] + run.duration[waits - 1])
+        return median_ns(run.duration[waits] + run.duration[waits - 1])
 
     def _experts_alone(self) -> list[ExpertsTime]:
         """Launches over some assignments on an idle GPU, until the host sees them done.
@@ -280,7 +281,7 @@ class ModelRig:
         return self._gpu_ns(alone), self._gpu_ns(beside) - self._gpu_ns(alone)
 
     def _gpu_ns(self, seen: list[int]) -> int:
-        return max(_median(np.array(seen)) - self.readback_ns, 0)
+        return max(median_ns(seen) - self.readback_ns, 0)
 
     def _launches(self, pool: SlotPool) -> GroupLaunches:
         from replay.graphs import GroupLaunches, require_kernels
@@ -300,19 +301,18 @@ class ModelRig:
         absent = self._run_prefill("on-demand", shape.experts, tokens)
         waves = self._run_prefill("lru", max(shape.experts // 4, shape.top_k), tokens)
         tails = [
-            max(_median(there.duration[there.settled(GPU) & (there.layer == layer)]), 0)
+            max(median_ns(there.duration[there.settled(GPU) & (there.layer == layer)]), 0)
             for layer in range(shape.layers + 1)
         ]
         tails = [max(tail - self.readback_ns, 0) for tail in tails]
         launches = there.settled(EXPERTS)
         singles = absent.settled(EXPERTS) & (absent.count == 1)
-        single = _median(absent.duration[singles])
-        whole, most = _median(there.duration[launches]), float(np.mean(there.count[launches]))
-        steps = there.settled(STEP)
+        single = median_ns(absent.duration[singles])
+        whole, most = median_ns(there.duration[launches]), float(np.mean(there.count[launches]))
         host = self.decode.host.model_copy(
             update={
-                "step_ns": int(there.duration[steps].sum()) // len(np.unique(there.step[steps])),
-                "segment_launch_ns": _median(there.duration[there.settled(SEGMENT)]),
+                "step_ns": round(there.step_ns),
+                "segment_launch_ns": median_ns(there.duration[there.settled(SEGMENT)]),
                 "experts_launch_ns": single,
                 "launch_each_ns": max(round((whole - single) / max(most - 1, 1)), 0),
                 **_decisions(waves),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 SPREAD = "half the 10-90 percentile range"
 
@@ -41,6 +42,11 @@ def summary(samples: Sequence[float]) -> Value:
         raise ValueError("no samples")
     low, middle, high = np.percentile(np.asarray(samples, dtype=float), [10, 50, 90])
     return Value(float(middle), float(high - low) / 2, len(samples))
+
+
+def median_ns(times_ns: npt.ArrayLike) -> int:
+    """The median of times, in whole ns."""
+    return round(float(np.median(np.asarray(times_ns))))
 
 
 def rate(amount: float, times_ns: Sequence[float]) -> Value:

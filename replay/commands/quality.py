@@ -13,6 +13,7 @@ import typer
 from configs.errors import UserError
 from configs.files import prepare_directory
 from configs.units import format_bytes
+from sim.options import LinkOption, SeedOption, SettingsOption
 
 #: one simulated point as a row of a data frame, such as :func:`sim.simulate`
 Simulate = Callable[..., Any]
@@ -35,10 +36,7 @@ def register(app: typer.Typer, simulate: Simulate) -> None:
             list[str] | None,
             typer.Option("--budget", help="GPU memory for the whole model: 8GiB; repeatable."),
         ] = None,
-        settings: Annotated[
-            list[str] | None,
-            typer.Option("--set", help="Policy parameter or common option, key=value; repeatable."),
-        ] = None,
+        settings: SettingsOption = None,
         max_tokens: Annotated[
             int, typer.Option("--max-tokens", help="Tokens to judge, spread over the texts.")
         ] = 4096,
@@ -56,7 +54,7 @@ def register(app: typer.Typer, simulate: Simulate) -> None:
         trust_remote_code: Annotated[
             bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
         ] = False,
-        seed: Annotated[int, typer.Option("--seed", help="Seed of policies that draw.")] = 0,
+        seed: SeedOption = 0,
         trace: Annotated[
             str | None,
             typer.Option("--trace", help="Also simulate the budgets on this trace, or sample."),
@@ -68,9 +66,7 @@ def register(app: typer.Typer, simulate: Simulate) -> None:
             str | None,
             typer.Option("--geometry", help="Model to time instead of the trace's own."),
         ] = None,
-        link: Annotated[
-            str | None, typer.Option("--link", help="Link rate, GB/s unless a unit is given.")
-        ] = None,
+        link: LinkOption = None,
         figure: Annotated[
             Path | None,
             typer.Option("--figure", help="Draw the front: FILE.png and FILE.svg."),

@@ -11,6 +11,16 @@ import typer
 
 from configs.errors import UserError
 from configs.units import format_bytes
+from sim.options import (
+    BudgetOption,
+    ExpertBudgetOption,
+    FitShareOption,
+    MaxTokensOption,
+    PolicyOption,
+    SettingsOption,
+    TraceOption,
+    WindowOption,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -19,8 +29,8 @@ def register(app: typer.Typer) -> None:
 
 
 def replay_command(
-    trace: Annotated[str, typer.Option("--trace", help="Trace directory, or sample.")],
-    policy: Annotated[str, typer.Option("--policy", help="See moesim policies.")],
+    trace: TraceOption,
+    policy: PolicyOption,
     hardware: Annotated[
         str, typer.Option("--hardware", help="Profile of this machine: costs that policies read.")
     ],
@@ -30,17 +40,9 @@ def replay_command(
     geometry: Annotated[
         str | None, typer.Option("--geometry", help="Random weights of a model's shapes instead.")
     ] = None,
-    budget: Annotated[
-        str | None, typer.Option("--budget", help="GPU memory for the whole model: 8GiB.")
-    ] = None,
-    expert_budget: Annotated[
-        str | None,
-        typer.Option("--expert-budget", help="GPU memory for expert slots: 25%, 8/layer."),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Policy parameter or common option, key=value; repeatable."),
-    ] = None,
+    budget: BudgetOption = None,
+    expert_budget: ExpertBudgetOption = None,
+    settings: SettingsOption = None,
     routing: Annotated[
         str,
         typer.Option(
@@ -51,14 +53,9 @@ def replay_command(
     link_scale: Annotated[
         float, typer.Option("--link-scale", help="Emulate a link so many times slower.")
     ] = 1.0,
-    max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", help="Only the trace's first N tokens.")
-    ] = None,
-    window: Annotated[int, typer.Option("--window", help="Copies queued in hardware.")] = 2,
-    fit_share: Annotated[
-        float | None,
-        typer.Option("--fit-share", help="Share of the requests that fitted policies learn from."),
-    ] = None,
+    max_tokens: MaxTokensOption = None,
+    window: WindowOption = 2,
+    fit_share: FitShareOption = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     cpu_threads: Annotated[
         int | None,

@@ -58,15 +58,17 @@ def validate_command(
     chosen = load_plan(plan)
     open_campaign(out, chosen)
     with alone_in(out):
-        if open_cells(out, chosen) and not report_only:
-            _measure(out, chosen, trace or chosen.trace, None if minutes is None else minutes * 60)
+        cells = [] if report_only else open_cells(out, chosen)
+        if cells:
+            budget_s = None if minutes is None else minutes * 60
+            _measure(out, chosen, cells, trace or chosen.trace, budget_s)
         report = _report(out, chosen)
     _tell(report, out)
     if any(row["first_difference"] for row in report["points"]):
         raise typer.Exit(DIFFERS)
 
 
-def _measure(out: Path, plan: Any, trace: str, budget_s: float | None) -> None:
+def _measure(out: Path, plan: Any, cells: Any, trace: str, budget_s: float | None) -> None:
     from configs.files import write_atomically
     from replay.open import open_model
     from replay.validation.campaign import Clock, PlanInputs, run_campaign, timelines
@@ -76,7 +78,7 @@ def _measure(out: Path, plan: Any, trace: str, budget_s: float | None) -> None:
     say = Clock(_say, budget_s)
     inputs = PlanInputs(plan, Trace.open(trace))
     with closing(open_model(plan.model, plan.geometry, "cuda")) as ready:
-        target = run_campaign(out, plan, inputs, ready, say)
+        target = run_campaign(out, plan, cells, inputs, ready, say)
     if target is not None:
         write_atomically(out / "timeline.json", as_json(timelines(target)))
 
@@ -121,9 +123,9 @@ def summary_command(
 
     Example: moesim validation-summary validation/h200/olmoe validation/h200/qwen --out all
     """
+    from configs.files import refuse_non_empty
     from replay.validation.together import write_together
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty: name another directory")
+    refuse_non_empty(out)
     for line in write_together(reports, out):
         print(line)

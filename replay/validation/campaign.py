@@ -17,7 +17,7 @@ from replay.model import ReplayModel
 from replay.open import DTYPE, command_line, weights_of
 from replay.play import Session
 from replay.point import replay_point
-from replay.validation.files import RunFiles, open_cells
+from replay.validation.files import RunFiles
 from replay.validation.machine import model_times, policy_times
 from replay.validation.plan import Cell, ValidationPlan, calibration_points
 from replay.validation.run import Target, canary, digest, measure, predict
@@ -88,10 +88,14 @@ class PlanInputs:
 
 
 def run_campaign(
-    out: Path, plan: ValidationPlan, inputs: PlanInputs, ready: ReplayModel, say: Clock
+    out: Path,
+    plan: ValidationPlan,
+    cells: Sequence[Cell],
+    inputs: PlanInputs,
+    ready: ReplayModel,
+    say: Clock,
 ) -> Target | None:
-    """One run: as many of the open cells as the clock allows. Returns one for the timeline."""
-    cells = open_cells(out, plan)
+    """One run: as many of the open ``cells`` as the clock allows. Returns one for the timeline."""
     say(f"{len(cells)} points to measure; the model is loaded")
     longest = max((tokens + 1 for tokens in plan.prefill_tokens), default=1)
     whole = Session.for_workloads(ready, *inputs.workloads, at_least=longest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -36,8 +36,12 @@ Figure = Callable[[dict[str, Any]], float | None]
 
 def gap(judged: Judged, figure: Figure) -> Gap | None:
     """A figure's gap; None where the trace has none of it. Spread: (max - min) / median."""
-    predicted = figure(judged.predicted)
-    values = [value for value in map(figure, judged.measured) if value is not None]
+    return gap_of(figure(judged.predicted), map(figure, judged.measured))
+
+
+def gap_of(predicted: float | None, measured: Iterable[float | None]) -> Gap | None:
+    """Likewise, of figures that are known already."""
+    values = [value for value in measured if value is not None]
     if predicted is None or not values:
         return None
     middle = float(np.median(values))

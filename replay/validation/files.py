@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
-from configs.files import write_atomically
+from configs.files import refuse_non_empty, write_atomically
 from configs.load import validated
 from configs.timings import ModelTimes, load_timings, render
 from replay.validation.judged import Canary, Figures, Judged, Run, digest_of
@@ -48,8 +48,7 @@ def open_campaign(out: Path, plan: ValidationPlan) -> None:
                 f"{out}: holds another plan's results ({_PLAN} differs): name another directory"
             )
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty: name another directory")
+    refuse_non_empty(out)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(known, as_json(plan.model_dump(mode="json")))
 

@@ -121,7 +121,7 @@ def host_times(run: Replayed) -> PolicyTimes:
     """A line through decision times by experts awaited, and the means of everything else."""
     marks = Marks.of(run.measured)
     phases = np.array([step.prefill_tokens == 0 for step in run.setting.workload.steps()])
-    decode = (marks.step >= 0) & phases[np.maximum(marks.step, 0)]
+    decode = marks.within(phases)
     decided = decode & (marks.kind == DECIDE)
     counts, times = marks.count[decided], marks.duration[decided]
     handed = decode & (marks.kind == ISSUE) & (marks.count > 0)

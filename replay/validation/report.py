@@ -14,6 +14,7 @@ from replay.validation.errors import (
     Gap,
     at,
     gap,
+    gap_of,
     hidden_share,
     naive_ms,
     naive_stall_ms,
@@ -88,12 +89,8 @@ def row_of(judged: Judged) -> Figures:
 
 def _memory(judged: Judged) -> Gap | None:
     """Peak GPU memory; None where nobody measured it."""
-    peaks = [result["peak_memory_bytes"] for result in judged.measured]
-    if None in peaks:
-        return None
-    middle = float(np.median(peaks))
-    spread = (max(peaks) - min(peaks)) / middle
-    return Gap(judged.predicted["memory"]["peak_bytes"], middle, spread)
+    predicted = judged.predicted["memory"]["peak_bytes"]
+    return gap_of(predicted, map(at("peak_memory_bytes"), judged.measured))
 
 
 def _told(found: Gap | None) -> Figures | None:

@@ -15,7 +15,7 @@ from configs.timings import ModelTimes
 from replay.breakdown import particulars
 from replay.calibrate.model import measure_link
 from replay.play import Session
-from replay.point import Log, decisions, predict_point, replay_point, timeline_of
+from replay.point import Log, decisions, predict_setting, replay_point, timeline_of
 from replay.validation.judged import Canary, Figures, digest_of
 from replay.validation.machine import scaled
 from replay.validation.plan import Cell
@@ -69,7 +69,7 @@ def _predict(session: Session, inputs: Inputs, times: ModelTimes, cell: Cell) ->
         expert_share=expert_share(setting.memory, geometry),
         batch=session.rows,
     )
-    found = predict_point(inputs, cell.point, timing, expert_bytes=nbytes)
+    found = predict_setting(inputs, setting, timing)
     if times.workspace_bytes is not None:
         kv_bytes = geometry.kv_bytes_per_token * session.rows * session.kv_capacity
         planned = found.result["memory"]

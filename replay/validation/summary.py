@@ -59,8 +59,8 @@ def summary(rows: Sequence[Figures], ranks: Sequence[Figures]) -> Figures:
         told[name] = {
             "points": len(members),
             "hidden": sum(row["link_hidden_share"] >= HIDDEN_FROM for row in members),
-            **{figure: _spread_of(_judged(members, figure)) for figure in _TITLES},
-            "naive": {figure: _spread_of(_naive(members, figure)) for figure in _NAIVE},
+            **{figure: _spread_of(_judged(members, "figures", figure)) for figure in _TITLES},
+            "naive": {figure: _spread_of(_judged(members, "naive", figure)) for figure in _NAIVE},
             "paired": _spread_of([{"error": row["paired"]["p50"]} for row in members]),
         }
     taus = [rank["tau"] for rank in ranks if rank["tau"] is not None]
@@ -82,14 +82,10 @@ def groups(rows: Sequence[Figures]) -> Iterator[tuple[str, list[Figures]]]:
             yield name, members
 
 
-def _judged(rows: Sequence[Figures], figure: str) -> list[Figures | None]:
+def _judged(rows: Sequence[Figures], whose: str, figure: str) -> list[Figures | None]:
+    """``whose``: figures, the simulator's, or naive."""
     stall = figure == "stall_ms"
-    return [row["figures"][figure] for row in rows if row["stall_is_judged"] or not stall]
-
-
-def _naive(rows: Sequence[Figures], figure: str) -> list[Figures | None]:
-    stall = figure == "stall_ms"
-    return [row["naive"][figure] for row in rows if row["stall_is_judged"] or not stall]
+    return [row[whose][figure] for row in rows if row["stall_is_judged"] or not stall]
 
 
 def _spread_of(found: Iterable[Figures | None]) -> Figures | None:

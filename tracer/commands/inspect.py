@@ -54,8 +54,7 @@ def inspect_command(
 
 def _check_outputs(figure: Path | None, figures: Path | None) -> None:
     """Before anything is measured: what is in the way is known now."""
-    from configs.files import prepare_figure
-    from tracer.writer import refuse_non_empty
+    from configs.files import prepare_figure, refuse_non_empty
 
     if figures is not None:
         refuse_non_empty(figures)

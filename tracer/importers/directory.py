@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tracer.writer import refuse_non_empty
+from configs.files import refuse_non_empty
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from configs.errors import UserError
-from configs.files import write_atomically
+from configs.files import refuse_non_empty, write_atomically
 from configs.geometry import Geometry
 from configs.units import format_bytes
 from tracer.manifest import TrainedPredictor, sha256_of
@@ -30,7 +30,6 @@ from tracer.predictor.train import (
     train,
 )
 from tracer.trace import Trace, append_column, refuse_sample
-from tracer.writer import refuse_non_empty
 
 PREDICTORS_DIR = "predictors"
 SUFFIX = ".safetensors"
