@@ -33,6 +33,7 @@ def _library() -> ctypes.CDLL:
     library.cuEventQuery.argtypes = (pointer,)
     library.cuEventDestroy_v2.argtypes = (pointer,)
     library.cuStreamBatchMemOp_v2.argtypes = (pointer, ctypes.c_uint, pointer, ctypes.c_uint)
+    library.cuLaunchKernelEx.argtypes = (pointer, pointer, pointer, pointer)
     return library
 
 
@@ -130,3 +131,46 @@ class SmallWrites:
             count = min(self._words - first, _MOST_OPERATIONS)
             at = self._at + first * _WRITE_BYTES
             _check(self._batch(stream, count, at, 0), "cuStreamBatchMemOp")
+
+
+class _LaunchConfig(ctypes.Structure):
+    """``CUlaunchConfig``."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+class KernelLaunch:
+    """A kernel with its arguments in place, to be launched over and over: some 3 us of host time.
+
+    ``function``: handle of a loaded kernel. ``arguments``: address of each, in order; what lies
+    there when it is called goes with the launch. Whoever gives them keeps them.
+    """
+
+    def __init__(
+        self,
+        function: int,
+        grid: tuple[int, int],
+        threads: int,
+        shared_bytes: int,
+        stream: int,
+        arguments: Sequence[int],
+    ) -> None:
+        self._launch = _library().cuLaunchKernelEx
+        self._function = function
+        self._config = _LaunchConfig((*grid, 1), (threads, 1, 1), shared_bytes, stream, None, 0)
+        self._arguments = (ctypes.c_void_p * len(arguments))(*arguments)
+        self._where = ctypes.addressof(self._config), ctypes.addressof(self._arguments)
+
+    def __call__(self) -> None:
+        """Launch, in order with the stream's other work."""
+        config, arguments = self._where
+        status = self._launch(config, self._function, arguments, None)
+        if status:
+            _check(status, "cuLaunchKernelEx")

@@ -23,12 +23,10 @@ from configs.errors import UserError
 from replay.cuda_driver import SmallWrites
 from replay.driver import Driver, Rows
 from replay.kernels import GatedExperts, gated_experts
+from replay.launches import GroupLaunches
 from sim.spans import SEGMENT
 
 IMPLEMENTATION = "moesim_capture"
-_SLOTS_A_WORD = 4
-"""Slot numbers are of 16 bits: each word that is written costs the GPU some 2 us."""
-_MOST_SLOTS = 2**15
 
 
 @dataclass
@@ -195,62 +193,6 @@ def _warm_up(
         zeros = torch.stack(outs)
     torch.cuda.synchronize()
     return zeros
-
-
-class GroupLaunches:
-    """Experts' kernels of every layer, captured once a group: a launch names its slots and replays.
-
-    Slot numbers lie in a piece of device memory for every layer and group of a step, so that none
-    is overwritten before it was read.
-    """
-
-    def __init__(self, step: CapturedStep, kernels: Sequence[GatedExperts], groups: int) -> None:
-        if len(kernels[0].gate_up) > _MOST_SLOTS:
-            raise UserError(
-                f"{len(kernels[0].gate_up)} expert slots: the engine numbers up to {_MOST_SLOTS}, "
-                "give a smaller budget"
-            )
-        count = len(step.boundaries[0].out)
-        layers = len(step.boundaries)
-        device = step.token.device
-        words = -(-count // _SLOTS_A_WORD)
-        self._named = np.full(words * _SLOTS_A_WORD, -1, np.int16)
-        self._count = count
-        self._writes = SmallWrites(words)
-        self._slots = torch.full(
-            (layers, groups, words * _SLOTS_A_WORD), -1, dtype=torch.int16, device=device
-        )
-        self._stream = torch.cuda.current_stream().cuda_stream
-        inner = max(kernel.inner for kernel in kernels)
-        self._act = torch.empty(
-            (count, inner), dtype=step.boundaries[0].hidden.dtype, device=device
-        )
-        self._graphs: list[list[torch.cuda.CUDAGraph]] = []
-        pool = torch.cuda.graph_pool_handle()
-        for layer, kernel in enumerate(kernels):
-            edge = step.boundaries[layer]
-            pieces = self._slots[layer, :, :count]
-            kernel.launch(edge.hidden, pieces[0], self._act, edge.out)
-            torch.cuda.synchronize()
-            row = []
-            for group in range(groups):
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
-                    kernel.launch(edge.hidden, pieces[group], self._act, edge.out)
-                row.append(graph)
-            self._graphs.append(row)
-        for graph in (graph for row in self._graphs for graph in row):
-            graph.replay()  # the first replay of a graph sends it to the device
-        torch.cuda.synchronize()
-        self._at = [[int(piece.data_ptr()) for piece in row] for row in self._slots]
-
-    def launch(self, layer: int, group: int, slots: Sequence[int]) -> None:
-        """Compute the assignments whose slot is named, -1 elsewhere; one for each, in order."""
-        named = self._named
-        named[: self._count] = slots
-        words = named.view(np.uint64).tolist()
-        self._writes.write(self._stream, self._at[layer][group], words)
-        self._graphs[layer][group].replay()
 
 
 class GraphEngine:

@@ -12,14 +12,20 @@ of one expert. Each expert's sums do not depend on what else is launched with it
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from replay.gated import form_of
+
+WORDS = ("word_0", "word_1", "word_2", "word_3")
+MOST_IN_WORDS = 2 * len(WORDS)
+"""Slots that a launch's own arguments can name, 16 bits each."""
 
 TILE_ROWS = (16, 32, 64)
 TILE_COLUMNS, TILE_DEPTH = 64, 64
@@ -109,9 +115,26 @@ def _times(
 
 
 @triton.jit
+def _slot_of(one, slots, word_0, word_1, word_2, word_3, IN_WORDS: tl.constexpr):
+    """The slot of an assignment: 16 bits of a launch's arguments, or from memory."""
+    if IN_WORDS:
+        later = tl.where(one < 6, word_2, word_3)
+        word = tl.where(one < 2, word_0, tl.where(one < 4, word_1, later))
+        # Shifted up and down again, so that the sign is kept.
+        slot = (word << (16 - 16 * (one % 2))) >> 16
+    else:
+        slot = tl.load(slots + one)
+    return slot.to(tl.int64)
+
+
+@triton.jit(do_not_specialize=WORDS)
 def _up(
     hidden,
     slots,
+    word_0,
+    word_1,
+    word_2,
+    word_3,
     weight,
     bias,
     act,
@@ -123,6 +146,7 @@ def _up(
     column_stride,
     gate_step,
     up_offset,
+    IN_WORDS: tl.constexpr,
     TOP_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     KIND: tl.constexpr,
@@ -132,7 +156,7 @@ def _up(
     PAIRED: tl.constexpr,
 ):
     one = tl.program_id(0)
-    slot = tl.load(slots + one).to(tl.int64)
+    slot = _slot_of(one, slots, word_0, word_1, word_2, word_3, IN_WORDS)
     if slot < 0:
         return
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -166,10 +190,14 @@ def _up(
     tl.store(act + one * inner + row, value, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=WORDS)
 def _down(
     act,
     slots,
+    word_0,
+    word_1,
+    word_2,
+    word_3,
     weight,
     bias,
     out,
@@ -179,13 +207,14 @@ def _down(
     bias_stride,
     row_stride,
     column_stride,
+    IN_WORDS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEFER: tl.constexpr,
 ):
     one = tl.program_id(0)
-    slot = tl.load(slots + one).to(tl.int64)
+    slot = _slot_of(one, slots, word_0, word_1, word_2, word_3, IN_WORDS)
     if slot < 0:
         return
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -291,6 +320,20 @@ def _down_tiles(
     tl.store(target, total.to(out.dtype.element_ty), mask=there[:, None] & inside[None, :])
 
 
+def in_words(slots: Sequence[int]) -> tuple[int, ...]:
+    """Up to ``MOST_IN_WORDS`` slots as signed words of 32 bits, two a word; missing ones are -1."""
+    padded = [*slots, *[-1] * (MOST_IN_WORDS - len(slots))]
+    return struct.unpack("<4i", struct.pack("<8h", *padded))
+
+
+class Launched(NamedTuple):
+    """A launch that was made: Triton's compiled kernel, the grid and the arguments by name."""
+
+    kernel: Any
+    grid: tuple[int, int]
+    arguments: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class GatedExperts:
     """The two products of a gated expert over slots: views [slots, ...] and how to read them."""
@@ -306,41 +349,63 @@ class GatedExperts:
     kind: int
 
     def launch(
-        self, hidden: torch.Tensor, slots: torch.Tensor, act: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        """Compute the assignments whose slot is not -1.
+        self,
+        hidden: torch.Tensor,
+        slots: torch.Tensor,
+        act: torch.Tensor,
+        out: torch.Tensor,
+        words: Sequence[int] | None = None,
+    ) -> tuple[Launched, Launched]:
+        """Compute the assignments whose slot is not -1; returns both launches.
 
-        hidden [T, H]; slots int16 [T * k]; act [T * k, I]; out [T * k, H].
+        hidden [T, H]; slots int16 [T * k]; act [T * k, I]; out [T * k, H]. ``words``: as
+        :func:`in_words`, in place of what is in ``slots``.
         """
         up, down = DECODE_BLOCKS[self.transposed]
-        self.launch_up(hidden, slots, act, up)
-        self.launch_down(act, slots, out, down)
+        return (
+            self.launch_up(hidden, slots, act, up, words),
+            self.launch_down(act, slots, out, down, words),
+        )
 
     def launch_up(
-        self, hidden: torch.Tensor, slots: torch.Tensor, act: torch.Tensor, block: Block
-    ) -> None:
+        self,
+        hidden: torch.Tensor,
+        slots: torch.Tensor,
+        act: torch.Tensor,
+        block: Block,
+        words: Sequence[int] | None = None,
+    ) -> Launched:
         """The first product and the activation; as :meth:`launch`."""
-        _up[(len(slots), triton.cdiv(self.inner, block.rows))](
-            hidden=hidden,
-            slots=slots,
-            act=act,
-            TOP_K=len(slots) // len(hidden),
-            PAIRED=block.paired and self.interleaved,
+        grid = (len(slots), triton.cdiv(self.inner, block.rows))
+        arguments = {
+            "hidden": hidden,
+            "slots": slots,
+            "act": act,
+            "TOP_K": len(slots) // len(hidden),
+            "PAIRED": block.paired and self.interleaved,
+            **_word_arguments(words),
             **self._up_arguments(),
-            **_block_arguments(block),
-        )
+        }
+        return Launched(_up[grid](**arguments, **_block_arguments(block)), grid, arguments)
 
     def launch_down(
-        self, act: torch.Tensor, slots: torch.Tensor, out: torch.Tensor, block: Block
-    ) -> None:
+        self,
+        act: torch.Tensor,
+        slots: torch.Tensor,
+        out: torch.Tensor,
+        block: Block,
+        words: Sequence[int] | None = None,
+    ) -> Launched:
         """The second product; as :meth:`launch`."""
-        _down[(len(slots), triton.cdiv(self.width, block.rows))](
-            act=act,
-            slots=slots,
-            out=out,
+        grid = (len(slots), triton.cdiv(self.width, block.rows))
+        arguments = {
+            "act": act,
+            "slots": slots,
+            "out": out,
+            **_word_arguments(words),
             **self._down_arguments(),
-            **_block_arguments(block),
-        )
+        }
+        return Launched(_down[grid](**arguments, **_block_arguments(block)), grid, arguments)
 
     def launch_tiles(
         self,
@@ -400,6 +465,11 @@ class GatedExperts:
             "column_stride": column,
             "HAS_BIAS": bias is not None,
         }
+
+
+def _word_arguments(words: Sequence[int] | None) -> dict[str, Any]:
+    named = (0,) * len(WORDS) if words is None else words
+    return {**dict(zip(WORDS, named, strict=True)), "IN_WORDS": words is not None}
 
 
 def _block_arguments(block: Block) -> dict[str, Any]:

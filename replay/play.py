@@ -333,14 +333,15 @@ class Replay:
         return graphs.step.next_on_host, graphs.step.logits
 
     def _graph_engine(self) -> GraphEngine:
-        from replay.graphs import GraphEngine, GroupLaunches, require_kernels
+        from replay.graphs import GraphEngine, require_kernels
+        from replay.launches import group_launches
 
         ready = self._session.ready
         kernels = require_kernels(ready.modules, self.eager.pool.views)
         step = self._session.captured()
         # A launch takes one expert at least.
         most = min(ready.num_experts, self._session.rows * ready.top_k)
-        launches = GroupLaunches(step, kernels, most + 1)
+        launches = group_launches(step, kernels, most + 1)
         return GraphEngine(self.eager.driver, step, launches)
 
 

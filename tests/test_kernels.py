@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from replay.gated import CLAMPED_GLU, SILU  # noqa: E402
-from replay.kernels import Block, GatedExperts, scatter_rows  # noqa: E402
+from replay.kernels import Block, GatedExperts, in_words, scatter_rows  # noqa: E402
 from replay.tiles import TILE_ROWS  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -71,15 +71,22 @@ def expected(experts: GatedExperts, hidden: torch.Tensor, slot: int) -> torch.Te
     return act @ experts.down[slot] + experts.down_bias[slot]
 
 
+@pytest.mark.parametrize("words", [False, True], ids=["from memory", "in words"])
+@pytest.mark.parametrize("named", [[4, -1, 2], [-1, 5, -1, 0, 3, -1, 2, 1]], ids=["3", "8"])
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_decode_blocks_give_the_plain_products(experts: GatedExperts, block: Block) -> None:
+def test_decode_blocks_give_the_plain_products(
+    experts: GatedExperts, block: Block, named: list[int], words: bool
+) -> None:
     hidden = drawn(1, WIDTH)
-    named = [4, -1, 2]
     slots = torch.tensor(named, dtype=torch.int16, device=DEVICE)
-    act = torch.zeros(TOP_K, INNER, device=DEVICE)
-    out = torch.full((TOP_K, WIDTH), 9.0, device=DEVICE)
-    experts.launch_up(hidden, slots, act, block)
-    experts.launch_down(act, slots, out, block)
+    told = None
+    if words:
+        told = in_words(named)
+        slots.fill_(-1)  # not to be read
+    act = torch.zeros(len(named), INNER, device=DEVICE)
+    out = torch.full((len(named), WIDTH), 9.0, device=DEVICE)
+    experts.launch_up(hidden, slots, act, block, told)
+    experts.launch_down(act, slots, out, block, told)
     for row, slot in enumerate(named):
         # Assignments of another group are left as they were.
         wanted = torch.full((WIDTH,), 9.0).to(DEVICE)

@@ -32,7 +32,7 @@ from replay.slots import SlotPool
 from sim.spans import COPY, DECIDE, EXPERTS, GPU, ISSUE, SEGMENT, STEP
 
 if TYPE_CHECKING:
-    from replay.graphs import GroupLaunches
+    from replay.launches import GroupLaunches
     from replay.tiles import TileEvent
 
 Ints = npt.NDArray[np.int64]
@@ -284,10 +284,11 @@ class ModelRig:
         return max(median_ns(seen) - self.readback_ns, 0)
 
     def _launches(self, pool: SlotPool) -> GroupLaunches:
-        from replay.graphs import GroupLaunches, require_kernels
+        from replay.graphs import require_kernels
+        from replay.launches import group_launches
 
         kernels = require_kernels(self.session.ready.modules, pool.views)
-        return GroupLaunches(self.session.captured(), kernels, 1)
+        return group_launches(self.session.captured(), kernels, 1)
 
     # ------------------------------------------------------------------ prefill
 

@@ -1,0 +1,176 @@
+"""Experts' kernels of a captured decode step, launched a group of slots at a time.
+
+How slot numbers get to a kernel decides what a launch costs. They travel in the launch's own
+arguments where they fit (16 bits each, eight of them: one request, top-8), else in a write to
+device memory before it. A copy from pinned memory would cross the link beside the experts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+from configs.errors import UserError
+from replay.cuda_driver import KernelLaunch, SmallWrites
+from replay.kernels import MOST_IN_WORDS, WORDS, GatedExperts, Launched, in_words
+
+if TYPE_CHECKING:
+    from replay.graphs import CapturedStep
+
+_SLOTS_A_WORD = 4
+"""Slot numbers are of 16 bits: each word that is written costs the GPU some 2 us."""
+_MOST_SLOTS = 2**15
+_WARP = 32
+
+
+class GroupLaunches(Protocol):
+    """Launches of all layers of a step."""
+
+    def launch(self, layer: int, group: int, slots: Sequence[int]) -> None:
+        """Compute the assignments whose slot is named, -1 elsewhere; one for each, in order.
+
+        ``group``: which of the event's launches this is, from 0.
+        """
+
+
+def group_launches(
+    step: CapturedStep, kernels: Sequence[GatedExperts], groups: int
+) -> GroupLaunches:
+    """The quickest that can name a slot for every assignment of the step.
+
+    ``groups``: the most launches of an event. Raises UserError for more slots than can be named.
+    """
+    if len(kernels[0].gate_up) > _MOST_SLOTS:
+        raise UserError(
+            f"{len(kernels[0].gate_up)} expert slots: the engine numbers up to {_MOST_SLOTS}, "
+            "give a smaller budget"
+        )
+    if len(step.boundaries[0].out) <= MOST_IN_WORDS:
+        return NamedSlots(step, kernels)
+    return WrittenSlots(step, kernels, groups)
+
+
+def _activations(step: CapturedStep, kernels: Sequence[GatedExperts]) -> torch.Tensor:
+    """Between the two products, of all assignments; layers use it in turn."""
+    edge = step.boundaries[0]
+    inner = max(kernel.inner for kernel in kernels)
+    return torch.empty((len(edge.out), inner), dtype=edge.hidden.dtype, device=edge.hidden.device)
+
+
+class NamedSlots:
+    """Slot numbers are arguments of both kernels, which are launched through the driver.
+
+    A first launch through Triton compiles; the words that name slots lie in one place of host
+    memory, which every launch reads as it is made.
+    """
+
+    def __init__(self, step: CapturedStep, kernels: Sequence[GatedExperts]) -> None:
+        count = len(step.boundaries[0].out)
+        self._words = ctypes.create_string_buffer(4 * len(WORDS))
+        struct.pack_into("<4i", self._words, 0, *in_words(()))
+        self._write = struct.Struct(f"<{count}h").pack_into
+        self._stream = torch.cuda.current_stream().cuda_stream
+        self._act = _activations(step, kernels)
+        unread = torch.empty(count, dtype=torch.int16, device=self._act.device)
+        self._kept: list[Any] = [unread]
+        self._launches = []
+        for layer, kernel in enumerate(kernels):
+            edge = step.boundaries[layer]
+            nothing = in_words(())
+            up, down = kernel.launch(edge.hidden, unread, self._act, edge.out, nothing)
+            self._launches.append((self._bound(up), self._bound(down)))
+        torch.cuda.synchronize()
+
+    def launch(self, layer: int, group: int, slots: Sequence[int]) -> None:
+        """As :meth:`GroupLaunches.launch`."""
+        self._write(self._words, 0, *slots)
+        up, down = self._launches[layer]
+        up()
+        down()
+
+    def _bound(self, launched: Launched) -> KernelLaunch:
+        """The same launch again, its slots those of the words."""
+        kernel, grid, arguments = launched
+        about = kernel.metadata
+        if about.global_scratch_size or about.profile_scratch_size or about.num_ctas != 1:
+            raise RuntimeError(f"{kernel.name}: this launch has no scratch memory and no clusters")
+        words = {
+            name: ctypes.addressof(self._words) + 4 * index for index, name in enumerate(WORDS)
+        }
+        places = []
+        for name, kind in kernel.src.signature.items():
+            if kind == "constexpr":
+                continue
+            if name not in words:
+                places.append(self._keep(kind, arguments[name]))
+            elif kind == "i32":
+                places.append(words[name])
+            else:
+                raise RuntimeError(f"{kernel.name}: argument {name} was compiled as {kind}")
+        # What Triton appends: scratch memory and a profiler's.
+        places += [self._keep("i64", 0), self._keep("i64", 0)]
+        self._kept.append(kernel)
+        threads = _WARP * about.num_warps
+        return KernelLaunch(kernel.function, grid, threads, about.shared, self._stream, places)
+
+    def _keep(self, kind: str, value: Any) -> int:
+        """An argument of a type of Triton's, kept; returns where it lies."""
+        if kind.startswith("*"):
+            held: Any = ctypes.c_uint64(value.data_ptr())
+        else:
+            held = {"i32": ctypes.c_int32, "i64": ctypes.c_int64}[kind](value)
+        self._kept.append(held)
+        return ctypes.addressof(held)
+
+
+class WrittenSlots:
+    """Both kernels of a launch are a CUDA graph; their slots are written to memory before it.
+
+    There is a piece of memory for every layer and group of a step, so that none is overwritten
+    before it was read.
+    """
+
+    def __init__(self, step: CapturedStep, kernels: Sequence[GatedExperts], groups: int) -> None:
+        count = len(step.boundaries[0].out)
+        layers = len(step.boundaries)
+        device = step.token.device
+        words = -(-count // _SLOTS_A_WORD)
+        self._named = np.full(words * _SLOTS_A_WORD, -1, np.int16)
+        self._count = count
+        self._writes = SmallWrites(words)
+        self._slots = torch.full(
+            (layers, groups, words * _SLOTS_A_WORD), -1, dtype=torch.int16, device=device
+        )
+        self._stream = torch.cuda.current_stream().cuda_stream
+        self._act = _activations(step, kernels)
+        self._graphs: list[list[torch.cuda.CUDAGraph]] = []
+        pool = torch.cuda.graph_pool_handle()
+        for layer, kernel in enumerate(kernels):
+            edge = step.boundaries[layer]
+            pieces = self._slots[layer, :, :count]
+            kernel.launch(edge.hidden, pieces[0], self._act, edge.out)
+            torch.cuda.synchronize()
+            row = []
+            for group in range(groups):
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    kernel.launch(edge.hidden, pieces[group], self._act, edge.out)
+                row.append(graph)
+            self._graphs.append(row)
+        for graph in (graph for row in self._graphs for graph in row):
+            graph.replay()  # the first replay of a graph sends it to the device
+        torch.cuda.synchronize()
+        self._at = [[int(piece.data_ptr()) for piece in row] for row in self._slots]
+
+    def launch(self, layer: int, group: int, slots: Sequence[int]) -> None:
+        """As :meth:`GroupLaunches.launch`."""
+        named = self._named
+        named[: self._count] = slots
+        words = named.view(np.uint64).tolist()
+        self._writes.write(self._stream, self._at[layer][group], words)
+        self._graphs[layer][group].replay()
