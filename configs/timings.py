@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -27,6 +27,19 @@ Slowdown = Annotated[float, Field(ge=0, le=10)]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+_TimesT = TypeVar("_TimesT", bound=_Strict)
+
+
+def _times(times: _TimesT, factor: float, apart: set[str]) -> _TimesT:
+    """Every number but those of ``apart`` so many times as large."""
+    known = {
+        name: round(value * factor)
+        for name, value in times
+        if value is not None and name not in apart
+    }
+    return times.model_copy(update=known)
 
 
 class HostTimes(_Strict):
@@ -48,6 +61,10 @@ class HostTimes(_Strict):
     """From the end of an awaited copy until the host goes on."""
     next_wave_ns: Ns | None = None
     """Of a decision about an event's later waves; None: as about the first."""
+
+    def slowed(self, factor: float) -> HostTimes:
+        """On a host so many times as slow; reading results back is the GPU's and the link's."""
+        return _times(self, factor, apart={"readback_ns"})
 
 
 class ExpertsTime(_Strict):
@@ -114,6 +131,10 @@ class PolicyTimes(_Strict):
     step_ns: Ns | None = None
     segment_launch_ns: Ns | None = None
     experts_launch_ns: Ns | None = None
+
+    def slowed(self, factor: float) -> PolicyTimes:
+        """On a host so many times as slow."""
+        return _times(self, factor, apart={"expert_share"})
 
 
 def _between(low: PolicyTimes, high: PolicyTimes, expert_share: float) -> PolicyTimes:
@@ -202,6 +223,8 @@ class ModelTimes(_Strict):
     ``cpu``: None: it was not measured, and the hardware profile's figures stand in.
     ``workspace_bytes``: most GPU memory of the engine beside non-expert weights, KV cache and
     expert slots, in prefills up to the largest of ``passes``; None: it was not measured.
+    ``host_loop_ns``: what a fixed loop of Python (``replay.cores``) took in the median run of this
+    calibration; host times are those of a host as fast. None: in an older file.
     """
 
     hardware: str = Field(min_length=1)
@@ -220,6 +243,7 @@ class ModelTimes(_Strict):
     )
     cpu: CpuTimes | None = None
     workspace_bytes: int | None = Field(default=None, ge=0)
+    host_loop_ns: int | None = Field(default=None, gt=0)
 
     @field_validator("policies", mode="before")
     @classmethod
@@ -277,6 +301,18 @@ class ModelTimes(_Strict):
         if at in (0, len(known)) or shares[at] == expert_share:
             return known[min(at, len(known) - 1)]
         return _between(known[at - 1], known[at], expert_share)
+
+    def on_host(self, factor: float, host_loop_ns: int) -> ModelTimes:
+        """The same times on a host so many times as slow, whose loop takes ``host_loop_ns``."""
+        passes = tuple(
+            each.model_copy(update={"host": each.host.slowed(factor)}) for each in self.passes
+        )
+        own = {
+            label: tuple(each.slowed(factor) for each in known)
+            for label, known in self.policies.items()
+        }
+        update = {"passes": passes, "policies": own, "host_loop_ns": host_loop_ns}
+        return self.model_copy(update=update)
 
     def cover(self, batch: int) -> bool:
         """Whether times of so many requests at a time follow from the measured ones."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from sim.spans import NAMES, Mark, Timeline
+from replay.cores import LOOP_NS
+from sim.spans import DECIDE, EXPERTS, ISSUE, NAMES, SEGMENT, STEP, Mark, Timeline
 from tracer.workload import Workload
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 _STALLS = ("stall_late", "stall_miss", "stall_cpu")
 
 Ints = npt.NDArray[np.int64]
+HOST = (STEP, SEGMENT, DECIDE, ISSUE, EXPERTS)
+"""Kinds of marks that end work, no wait."""
 COMPONENTS = tuple(name.replace(" ", "_").lower() for name in NAMES)
 """What the host did, by the kinds of :mod:`sim.spans`."""
 
@@ -45,6 +48,15 @@ class Marks:
         end, kind, layer, count = np.array(marks, np.int64).reshape(-1, 4).T
         step = _step_of(end, begins)
         return cls(np.diff(end, prepend=end[:1]), end, kind, layer, count, step)
+
+    def at_usual_speed(self, loop_ns: float) -> Self:
+        """What the host did as on one whose loop (:mod:`replay.cores`) takes ``LOOP_NS``.
+
+        ``loop_ns``: what it took in this run. Waits and instants stay as they were.
+        """
+        host = np.isin(self.kind, HOST)
+        scaled = np.where(host, self.duration * (LOOP_NS / loop_ns), self.duration)
+        return replace(self, duration=scaled.round().astype(np.int64))
 
     def within(self, chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """Which marks belong to ``chosen`` steps, bool [steps]."""

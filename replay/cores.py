@@ -19,6 +19,8 @@ _LEAST_CORES = 4
 _ROUNDS = 3
 _LOOPS = 6
 _TURNS = 1500  # of a loop: some 50 us
+LOOP_NS = 50_000
+"""What :func:`loop_ns` takes on the host that host times are brought to."""
 
 
 @contextmanager
@@ -50,10 +52,12 @@ def quietest() -> int:
 
 def _round_ns() -> int:
     """The median of some loops, ns."""
-    taken = []
-    for _ in range(_LOOPS):
-        began, total = perf_counter_ns(), 0
-        for turn in range(_TURNS):
-            total += turn * turn % 7
-        taken.append(perf_counter_ns() - began)
-    return sorted(taken)[_LOOPS // 2]
+    return sorted(loop_ns() for _ in range(_LOOPS))[_LOOPS // 2]
+
+
+def loop_ns() -> int:
+    """What a fixed piece of Python takes here and now: how fast the host is."""
+    began, total = perf_counter_ns(), 0
+    for turn in range(_TURNS):
+        total += turn * turn % 7
+    return perf_counter_ns() - began

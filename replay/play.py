@@ -17,13 +17,13 @@ from transformers import StaticCache
 
 from policies.core import DecisionCore
 from replay.batches import BatchInputs, Fed, columns_of, seats_of
-from replay.cores import on_quiet_core
+from replay.cores import loop_ns, on_quiet_core
 from replay.eager import EagerEngine
 from replay.memory import enough_memory
 from replay.model import ReplayModel
 from replay.slots import CopyEngine
 from sim.machine import StepTimes
-from sim.spans import STEP, ChunkSpan
+from sim.spans import APART, STEP, ChunkSpan
 from tracer.workload import Workload
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 Ints = npt.NDArray[Any]
 
+_HOST_SAMPLES = 6  # at either end of a run
 _LESS = "give a smaller --budget or --expert-budget, or a trace of shorter requests"
 
 
@@ -67,11 +68,12 @@ class ForcedStep:
 class Measured:
     """Wall times of the steps, ns, what the host did, and the chunks that the link carried.
 
-    ``marks``: as :class:`replay.ledger.Ledger` has them. Of ``times``, segments and experts are
-    not told apart. ``tokens``: the model's greedy choice after every step, whatever text was
-    forced on it, one for each request of the step. ``logits``: likewise, [vocabulary], float32 on
-    the host, if they were to be kept. ``routing``: the executed ids [rows, k] of every event, if
-    they were to be kept.
+    ``loops_ns``: what a fixed loop of Python took around the run and, if it was to be sampled,
+    after every step. ``marks``: as :class:`replay.ledger.Ledger` has them. Of ``times``, segments
+    and experts are not told apart. ``tokens``: the model's greedy choice after every step, whatever
+    text was forced on it, one for each request of the step. ``logits``: likewise, [vocabulary],
+    float32 on the host, if they were to be kept. ``routing``: the executed ids [rows, k] of every
+    event, if they were to be kept.
     """
 
     times: StepTimes = field(default_factory=StepTimes)
@@ -82,6 +84,12 @@ class Measured:
     routing: list[Ints] = field(default_factory=list)
     chunks_on_link: list[ChunkSpan] = field(default_factory=list)
     marks: list[tuple[int, int, int, int]] = field(default_factory=list)
+    loops_ns: list[int] = field(default_factory=list)
+
+    @property
+    def host_loop_ns(self) -> float:
+        """How fast the host was: the median of the loops."""
+        return float(np.median(self.loops_ns))
 
 
 def static_cache(config: Any, kv_capacity: int) -> StaticCache:
@@ -129,6 +137,8 @@ class Session:
         self._predictors: Predictors | None = None
         self._cpu_threads = cpu_threads
         self._lane: CpuLane | None = None
+        #: how fast the host was in runs that calibrated
+        self.host_loops_ns: list[float] = []
         #: what starting the process for the CPU's experts took
         self.lane_start_s = 0.0
 
@@ -272,13 +282,19 @@ class Replay:
         *,
         keep_logits: bool = False,
         keep_routing: bool = False,
+        sample_host: bool = False,
     ) -> Measured:
-        """Run recorded steps in order; the ids of the trace are executed, where a step has them."""
+        """Run recorded steps in order; the ids of the trace are executed, where a step has them.
+
+        ``sample_host``: see how fast the host is between steps, too: for calibration, since the
+        time goes to what comes after a step.
+        """
         measured = Measured()
         driver = self.eager.driver
         copies = self.eager.copies
         driver.routing = measured.routing if keep_routing else None
         with self._alone(), _no_collection(), _drained(copies):
+            measured.loops_ns += [loop_ns() for _ in range(_HOST_SAMPLES)]
             for step in steps:
                 began = driver.ledger.mark(STEP, -1)
                 before = driver.stall_late_ns, driver.stall_miss_ns, driver.stall_cpu_ns
@@ -296,6 +312,10 @@ class Replay:
                 times.stall_late.append(driver.stall_late_ns - before[0])
                 times.stall_miss.append(driver.stall_miss_ns - before[1])
                 times.stall_cpu.append(driver.stall_cpu_ns - before[2])
+                if sample_host:
+                    measured.loops_ns.append(loop_ns())
+                    driver.ledger.mark(APART, -1)
+            measured.loops_ns += [loop_ns() for _ in range(_HOST_SAMPLES)]
         measured.chunks, measured.copied_bytes = copies.chunks, copies.nbytes
         measured.marks = driver.ledger.marks
         measured.chunks_on_link = copies.spans

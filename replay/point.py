@@ -104,8 +104,11 @@ def replay_point(
     *,
     link_scale: float = 1.0,
     routing: str = TRACE,
+    sample_host: bool = False,
 ) -> Replayed:
     """Run a point on the session's device. ``link_scale``: emulate a link so many times slower.
+
+    ``sample_host``: as :meth:`replay.play.Replay.run`.
 
     ``routing`` "model": the experts that the model chooses itself run, on the trace's text; the
     result tells by how much they are the trace's. Raises UserError or PolicyError for what a user
@@ -132,13 +135,14 @@ def replay_point(
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     replay = Replay(session, core, window=point.window, link_scale=link_scale)
-    measured = replay.run(steps, keep_routing=routing == MODEL)
+    measured = replay.run(steps, keep_routing=routing == MODEL, sample_host=sample_host)
     result = described(inputs, setting, core, _metrics(setting, core, measured))
     result["timing"] = "measured"
     result["routing"] = routing
     result["routing_agreement"] = agreement(workload, measured) if routing == MODEL else None
     result["batch"] = session.rows
     result["link_scale"] = link_scale
+    result["host_loop_ns"] = measured.host_loop_ns
     result["breakdown_ms"] = breakdown(measured, steps)
     # A link that is that slow would not need it.
     emulation = replay.eager.copies.scratch_bytes

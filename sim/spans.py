@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 from sim.watched import LATE, WASTED
 
 STEP, SEGMENT, GPU, DECIDE, ISSUE, EXPERTS, COPY, CPU = range(8)
+APART = -1
+"""Of what the host does for nobody's step; no component."""
 NAMES = (
     "step",
     "segment launch",
@@ -209,7 +211,7 @@ def _host(timeline: Timeline, naming: Naming) -> Iterator[Span]:
     marks, begins = timeline.marks, timeline.step_begins
     begin = marks[0][0] if marks else 0
     for end, kind, layer, count in marks:
-        if end > begin:
+        if end > begin and kind != APART:
             told = {"step": bisect_right(begins, begin) - 1, **naming.place(layer), "count": count}
             yield Span(_HOST, NAMES[kind], begin, end, told)
         begin = end

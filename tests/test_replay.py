@@ -15,13 +15,16 @@ import policies  # noqa: E402
 from policies.capacity import plan_memory  # noqa: E402
 from policies.core import DecisionCore  # noqa: E402
 from policies.interface import PolicyData, Shape  # noqa: E402
+from replay.breakdown import HOST, Marks, components  # noqa: E402
 from replay.checkpoint import ExpertReader  # noqa: E402
+from replay.cores import LOOP_NS  # noqa: E402
 from replay.model import ReplayModel, from_checkpoint  # noqa: E402
 from replay.play import ForcedStep, Replay, Session  # noqa: E402
 from replay.point import decisions, forced_steps  # noqa: E402
 from replay.skeleton import experts_modules, meta_model, read_config  # noqa: E402
 from sim.inputs import Inputs  # noqa: E402
 from sim.machine import Machine  # noqa: E402
+from sim.spans import APART  # noqa: E402
 from tests.machines import FlatTiming  # noqa: E402
 from tracer.trace import Trace  # noqa: E402
 from tracer.workload import Workload  # noqa: E402
@@ -89,6 +92,31 @@ def test_the_replay_decides_what_the_simulator_decides(
     assert measured.copied_bytes == simulated.tally.copied_bytes
     assert measured.chunks == simulated.tally.chunks
     assert len(measured.times.end) == len(steps)
+
+
+def test_the_host_is_sampled_between_steps(
+    twin: ReplayModel, recorded: tuple[Workload, list[ForcedStep]]
+) -> None:
+    """What it does then is no step's, and a slow host's times are brought to the usual one's."""
+    work, steps = recorded
+    session = Session(twin, work.max_context)
+    measured = Replay(session, make_core(twin, "lru", 0.25)).run(steps, sample_host=True)
+    assert len(measured.loops_ns) == len(steps) + 12
+    marks = Marks.of(measured)
+    apart = marks.kind == APART
+    assert apart.sum() == len(steps)
+    assert min(measured.loops_ns) > 0
+    decode = np.array([not step.prefill for step in steps])
+    told = [value or 0 for value in components(marks, decode).values()]
+    counted = marks.within(decode) & ~apart
+    assert sum(told) * decode.sum() == pytest.approx(marks.duration[counted].sum() / 1e6)
+    twice = marks.at_usual_speed(2 * LOOP_NS)
+    host = np.isin(marks.kind, HOST)
+    assert np.abs(twice.duration[host] * 2 - marks.duration[host]).max() <= 1
+    assert (twice.duration[~host] == marks.duration[~host]).all()
+    plain = Replay(session, make_core(twin, "lru", 0.25)).run(steps)
+    assert len(plain.loops_ns) == 12
+    assert not (Marks.of(plain).kind == APART).any()
 
 
 def test_a_wait_begins_with_a_refill(twin: ReplayModel, monkeypatch: pytest.MonkeyPatch) -> None:

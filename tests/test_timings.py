@@ -106,6 +106,19 @@ def test_a_policys_times_by_share_read_as_they_were_written(tmp_path: Path) -> N
     assert load_timings(written(tmp_path, times)) == times
 
 
+def test_a_slower_host_takes_longer_and_nothing_else_does() -> None:
+    times = model_times(policies={"lru": (at_share(0.25, 50_000), at_share(0.5, 30_000))})
+    slow = times.on_host(1.5, 75_000)
+    assert slow.host_loop_ns == 75_000
+    assert [each.decision_ns for each in slow.policies["lru"]] == [75_000, 45_000]
+    assert [each.expert_share for each in slow.policies["lru"]] == [0.25, 0.5]
+    for before, after in zip(times.passes, slow.passes, strict=True):
+        assert after.host.readback_ns == before.host.readback_ns
+        assert after.host.segment_launch_ns == round(1.5 * before.host.segment_launch_ns)
+        assert after.model_copy(update={"host": before.host}) == before
+    assert slow.link == times.link
+
+
 def test_older_files_have_one_entry_a_policy(tmp_path: Path) -> None:
     times = model_times(policies={"lru": (at_share(None, 50_000),)})
     path = written(tmp_path, times)

@@ -281,6 +281,23 @@ def test_the_report_tells_drift_differences_and_errors(tmp_path: Path) -> None:
     ]
 
 
+def test_how_slow_the_host_was_is_told(tmp_path: Path) -> None:
+    each = judged("lru", 10.2, (10.0, 10.1))
+    usual = A_RUN.times.model_copy(update={"host_loop_ns": 50_000})
+    facts = {**FACTS, "predictions_sha256": "0" * 64}
+    each.run = replace(A_RUN, facts=facts, times=usual)
+    report = write_report(tmp_path, plan_of(tmp_path), [each])
+    assert report["runs"][0]["host_slowness"] is None  # older measurements do not say
+    for run, loop_ns in zip(each.measured, (50_000.0, 60_000.0), strict=True):
+        run["host_loop_ns"] = loop_ns
+    report = write_report(tmp_path, plan_of(tmp_path), [each])
+    assert report["points"][0]["host_slowness"] == [1.0, 1.2]
+    assert (
+        "- host, 2 measurements against calibration: +10.0% in the median "
+        "(**the machine drifted**), from +0.0% to +20.0%"
+    ) in (tmp_path / "report.md").read_text()
+
+
 def test_a_run_that_was_cut_off_says_so(tmp_path: Path) -> None:
     each = judged("lru", 10.2, (10.0, 10.1))
     each.run = replace(A_RUN, facts={**FACTS, "predictions_sha256": "0" * 64}, after=None)
@@ -738,10 +755,22 @@ def test_a_plan_that_judges_what_it_was_calibrated_on_is_refused(
         ("locked-olmoe", 32),
         ("locked-qwen", 32),
         ("locked-gpt-oss", 24),
+        ("second-olmoe", 24),
+        ("second-qwen", 24),
+        ("second-gpt-oss", 24),
     ],
 )
 def test_the_shipped_plans_are_sound(name: str, points: int) -> None:
     assert len(list(cells_of(load_plan(name)))) == points
+
+
+def test_the_second_sets_requests_are_of_other_traces() -> None:
+    """Prompts and sampling are others, so the same numbers name other requests."""
+    first, second = (
+        {load_plan(f"{kind}-{name}").trace for name in ("olmoe", "qwen", "gpt-oss")}
+        for kind in ("locked", "second")
+    )
+    assert not first & second
 
 
 def test_what_is_locked_was_not_developed_on() -> None:

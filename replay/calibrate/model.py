@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,9 @@ from policies.interface import PolicyData, Shape
 from replay.breakdown import Marks
 from replay.calibrate.rig import CalibrationError
 from replay.calibrate.stats import median_ns
+from replay.cores import LOOP_NS
 from replay.cuda_driver import CopyStream
-from replay.play import ForcedStep, Replay, Session
+from replay.play import ForcedStep, Measured, Replay, Session
 from replay.slots import SlotPool
 from sim.spans import COPY, DECIDE, EXPERTS, GPU, ISSUE, SEGMENT, STEP
 
@@ -46,10 +47,21 @@ _TRAIN = 40  # copies back to back
 _REPEATS = 30
 
 
+@dataclass(frozen=True)
 class Run(Marks):
-    """A calibration run's marks, the first steps apart: caches fill, clocks rise."""
+    """A calibration run's marks, the first steps apart: caches fill, clocks rise.
 
-    settling: int = _SETTLING
+    What the host did is as on one of the usual speed. ``slowness``: how many times as long it took.
+    """
+
+    slowness: float = 1.0
+    settling: ClassVar[int] = _SETTLING
+
+    @classmethod
+    def measured(cls, measured: Measured) -> Self:
+        """Of a run that sampled the host."""
+        loop_ns = measured.host_loop_ns
+        return replace(cls.of(measured).at_usual_speed(loop_ns), slowness=loop_ns / LOOP_NS)
 
     def settled(self, kind: int) -> npt.NDArray[np.bool_]:
         """Marks of a kind, without those of the first steps."""
@@ -65,7 +77,7 @@ class Run(Marks):
 class PrefillRun(Run):
     """Of prefills: the first ones bring the experts in, compile and allocate."""
 
-    settling = _PREFILLS // 2
+    settling: ClassVar[int] = _PREFILLS // 2
 
 
 def _mean_of(runs: Sequence[Run], kind: int) -> int:
@@ -163,7 +175,12 @@ class ModelRig:
         slots = self._few_slots() if misses else shape.experts
         core = _core(shape, "lru", slots)
         steps = routing(shape, DECODE_STEPS, misses, slots, rows=rows)
-        return Run.of(Replay(self.session, core).run(list(steps)))
+        return Run.measured(self._run(core, list(steps)))
+
+    def _run(self, core: DecisionCore, steps: Sequence[ForcedStep]) -> Measured:
+        measured = Replay(self.session, core).run(steps, sample_host=True)
+        self.session.host_loops_ns.append(measured.host_loop_ns)
+        return measured
 
     def _few_slots(self) -> int:
         """Of a layer, where experts are to miss."""
@@ -201,8 +218,9 @@ class ModelRig:
         link = self.link
         copy_ns = link.startup_ns + self.shape.bytes_by_layer[0] * 10**9 // link.bytes_per_s
         waits = np.flatnonzero(run.settled(COPY))
-        since = run.end[waits + 1] - run.end[waits - 2]
-        return max(round(float(since.mean())) - copy_ns - launch_ns, 0)
+        since = float((run.end[waits + 1] - run.end[waits - 2]).mean())
+        landing_ns = since - copy_ns - launch_ns * run.slowness
+        return max(round(landing_ns / run.slowness), 0)
 
     def _chain(self, resident: Run, experts_ns: int) -> dict[str, Any]:
         """Segments and head: what the host waits for, less the experts before and the readback."""
@@ -217,7 +235,7 @@ class ModelRig:
     def _waited(run: Run, layer: int) -> int:
         """From the experts' launch to the next gate being known."""
         waits = np.flatnonzero(run.settled(GPU) & (run.layer == layer))
-        return median_ns(run.duration[waits] + run.duration[waits - 1])
+        return median_ns(run.end[waits] - run.end[waits - 2])
 
     def _experts_alone(self) -> list[ExpertsTime]:
         """Launches over some assignments on an idle GPU, until the host sees them done.
@@ -332,8 +350,7 @@ class ModelRig:
     def _run_prefill(self, policy: str, slots: int, tokens: int) -> Run:
         """The first passes bring the experts in, compile and allocate: they are left out."""
         steps = [self._prefill_step(tokens, index) for index in range(_PREFILLS)]
-        measured = Replay(self.session, _core(self.shape, policy, slots)).run(steps)
-        return PrefillRun.of(measured)
+        return PrefillRun.measured(self._run(_core(self.shape, policy, slots), steps))
 
     def _prefill_step(self, tokens: int, index: int) -> ForcedStep:
         """Of requests of their own, which end with it."""

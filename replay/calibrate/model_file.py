@@ -50,7 +50,7 @@ def calibrate_model(
     from replay.calibrate.lane import cpu_times
     from replay.open import DTYPE, command_line, open_model
     from replay.play import Session
-    from replay.validation.machine import model_times
+    from replay.validation.machine import model_times, on_usual_host
 
     if out.suffix not in (".yaml", ".yml"):
         raise UserError(f"--out {out}: name a .yaml file, such as olmoe-1b-7b.yaml")
@@ -77,10 +77,12 @@ def calibrate_model(
             with closing(whole) as session:
                 # Once to compile and to allocate, once to measure.
                 for _ in range(2):
+                    session.host_loops_ns.clear()
                     times = model_times(
                         session, profile, name, DTYPE, prefill_tokens, machine, command_line()
                     )
                     say("measured")
+                times = on_usual_host(times, session)
                 if not lane:
                     return times
                 cpu = cpu_times(session, int(profile.readback_ns))

@@ -18,7 +18,7 @@ from replay.open import DTYPE, command_line, weights_of
 from replay.play import Session
 from replay.point import replay_point
 from replay.validation.files import RunFiles
-from replay.validation.machine import model_times, policy_times
+from replay.validation.machine import model_times, on_usual_host, policy_times
 from replay.validation.plan import Cell, ValidationPlan, calibration_points
 from replay.validation.run import Target, canary, digest, measure, predict
 from sim.inputs import Inputs
@@ -157,7 +157,7 @@ def _calibrate(
         own[label] = policy
         setup = max(setup, setup_s)
     say("the policies' host times are measured")
-    times = times.model_copy(update={"policies": own})
+    times = on_usual_host(times.model_copy(update={"policies": own}), session)
     if session.has_lane:
         lane = cpu_times(session, int(hardware.readback_ns))
         times = times.model_copy(update={"cpu": lane})

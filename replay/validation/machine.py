@@ -12,6 +12,7 @@ from configs.timings import LinkTimes, ModelTimes, PolicyTimes
 from policies.interface import Prediction
 from replay.breakdown import Marks
 from replay.calibrate.model import ModelRig
+from replay.cores import LOOP_NS
 from replay.play import Session
 from replay.point import Replayed, replay_point
 from replay.predictors import LEARNED, NEXT_GATE
@@ -33,7 +34,8 @@ def model_times(
 ) -> ModelTimes:
     """Segments, experts, host, link, predictors and memory of a session's model, with its batch.
 
-    ``prefill_tokens``: of the whole batch; sizes of a token a request or less are left out.
+    ``prefill_tokens``: of the whole batch; sizes of a token a request or less are left out. Host
+    times are those of a host whose loop takes ``LOOP_NS``: see :func:`on_usual_host`.
     """
     rig = ModelRig(session, int(hardware.readback_ns))
     segment_slowdown, experts_beside_ns = rig.beside_copies
@@ -54,6 +56,12 @@ def model_times(
         # Last: what a session keeps for all its runs is there now.
         workspace_bytes=rig.workspace_bytes(max(sizes, default=None)),
     )
+
+
+def on_usual_host(times: ModelTimes, session: Session) -> ModelTimes:
+    """Host times as on the host of the session's median calibration run."""
+    loop_ns = float(np.median(session.host_loops_ns))
+    return times.on_host(loop_ns / LOOP_NS, round(loop_ns))
 
 
 def predictor_times(session: Session) -> dict[str, int]:
@@ -94,7 +102,8 @@ def policy_times(
 
 def _policy_run(session: Session, inputs: Inputs, point: Point) -> tuple[PolicyTimes, float]:
     began, started = perf_counter(), session.lane_start_s
-    run = replay_point(session, inputs, point)
+    run = replay_point(session, inputs, point, sample_host=True)
+    session.host_loops_ns.append(run.measured.host_loop_ns)
     times = host_times(run)
     # The process for the CPU's experts starts once, for all points that need it.
     steps_s = run.result["duration_ms"] / 1e3 + session.lane_start_s - started
@@ -118,8 +127,11 @@ def _mean_times(runs: Sequence[PolicyTimes]) -> PolicyTimes:
 
 
 def host_times(run: Replayed) -> PolicyTimes:
-    """A line through decision times by experts awaited, and the means of everything else."""
-    marks = Marks.of(run.measured)
+    """A line through decision times by experts awaited, and the means of everything else.
+
+    On a host of the usual speed (:meth:`replay.breakdown.Marks.at_usual_speed`).
+    """
+    marks = Marks.of(run.measured).at_usual_speed(run.measured.host_loop_ns)
     phases = np.array([step.prefill_tokens == 0 for step in run.setting.workload.steps()])
     decode = marks.within(phases)
     decided = decode & (marks.kind == DECIDE)

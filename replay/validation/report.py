@@ -84,7 +84,17 @@ def row_of(judged: Judged) -> Figures:
         },
         "stall_is_judged": max(stall.predicted, stall.measured) >= _STALL_FROM_MS,
         "paired": paired_errors(judged),
+        "host_slowness": host_slowness(judged),
     }
+
+
+def host_slowness(judged: Judged) -> list[float] | None:
+    """How many times as slow as in calibration the host was in each run; None: not measured."""
+    usual = judged.run.times.host_loop_ns
+    loops = [each["host_loop_ns"] for each in judged.measured if "host_loop_ns" in each]
+    if usual is None or len(loops) < len(judged.measured):
+        return None
+    return [float(loop / usual) for loop in loops]
 
 
 def _memory(judged: Judged) -> Gap | None:
@@ -113,7 +123,10 @@ def report_of(plan: ValidationPlan, judged: Sequence[Judged]) -> Figures:
         "trace": first["trace"],
         "decode_tokens": first["tokens"]["decode"],
         "produced_by": first["produced_by"],
-        "runs": [_run(runs[number]) for number in sorted(runs)],
+        "runs": [
+            {**_run(runs[number]), "host_slowness": _host_of(rows, number)}
+            for number in sorted(runs)
+        ],
         "summary": summary(rows, ranks),
         "rankings": ranks,
         "points": rows,
@@ -129,6 +142,16 @@ def _run(run: Run) -> Figures:
         "drift": drift(run),
         "link_since_calibration": run.before.link_bytes_per_s / run.times.link.bytes_per_s - 1,
     }
+
+
+def _host_of(rows: Sequence[Figures], run: int) -> Figures | None:
+    """Of a run's measurements: how slow the host was, against its calibration."""
+    known = [row["host_slowness"] for row in rows if row["run"] == run]
+    if None in known:
+        return None
+    slowness = np.concatenate(known)
+    low, middle, high = np.percentile(slowness, [0, 50, 100]).tolist()
+    return {"least": low, "median": middle, "most": high, "measurements": len(slowness)}
 
 
 def drift(run: Run) -> dict[str, float] | None:
@@ -187,10 +210,21 @@ def _run_lines(run: Figures) -> list[str]:
         "",
     ]
     told.append(_drift_line("link, before against calibration", run["link_since_calibration"]))
+    if run["host_slowness"] is not None:
+        told.append(_host_line(run["host_slowness"]))
     if run["drift"] is None:
         return [*told, "- The run was cut off: nobody knows whether the machine drifted."]
     moves = run["drift"].items()
     return told + [_drift_line(f"{name}, after against before", moved) for name, moved in moves]
+
+
+def _host_line(slowness: Figures) -> str:
+    median, least, most = (slowness[name] - 1 for name in ("median", "least", "most"))
+    verdict = "**the machine drifted**" if abs(median) > DRIFT else "steady"
+    return (
+        f"- host, {slowness['measurements']} measurements against calibration: {median:+.1%} in "
+        f"the median ({verdict}), from {least:+.1%} to {most:+.1%}"
+    )
 
 
 def _drift_line(what: str, moved: float) -> str:
