@@ -7,6 +7,7 @@ model goes on computing it, but none of its experts, and the decision core does 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -74,11 +75,19 @@ def _check(
 
 def columns_of(workload: Workload) -> int:
     """Columns of KV cache that the longest batch fills: its padded prompts, and a column a step."""
-    longest = filled = 0
     bounds = np.append(workload.row_of_step, workload.num_tokens).tolist()
-    for step, (low, high) in zip(workload.steps(), pairwise(bounds), strict=True):
-        width = int(np.unique(workload.request_of_row[low:high], return_counts=True)[1].max())
-        filled = width if step.begins else filled + width
+    return most_filled(
+        (bool(step.begins), workload.request_of_row[low:high])
+        for step, (low, high) in zip(workload.steps(), pairwise(bounds), strict=True)
+    )
+
+
+def most_filled(steps: Iterable[tuple[bool, Ints]]) -> int:
+    """Columns that steps fill: of each whether requests begin, and whose each row is, [rows]."""
+    longest = filled = 0
+    for begins, owners in steps:
+        width = int(np.unique(owners, return_counts=True)[1].max())
+        filled = width if begins else filled + width
         longest = max(longest, filled)
     return longest
 

@@ -15,8 +15,9 @@ import numpy.typing as npt
 import torch
 from transformers import StaticCache
 
+from configs.errors import UserError
 from policies.core import DecisionCore
-from replay.batches import BatchInputs, Fed, columns_of, seats_of
+from replay.batches import BatchInputs, Fed, columns_of, most_filled, seats_of
 from replay.cores import loop_ns, on_quiet_core
 from replay.eager import EagerEngine
 from replay.memory import enough_memory
@@ -289,6 +290,7 @@ class Replay:
         ``sample_host``: see how fast the host is between steps, too: for calibration, since the
         time goes to what comes after a step.
         """
+        self._require_room(steps)
         measured = Measured()
         driver = self.eager.driver
         copies = self.eager.copies
@@ -321,6 +323,15 @@ class Replay:
         measured.chunks_on_link = copies.spans
         self._core.finish()
         return measured
+
+    def _require_room(self, steps: Sequence[ForcedStep]) -> None:
+        """UserError for requests longer than the KV cache: the device would write beyond it."""
+        needed = most_filled((bool(step.begins), step.seats_or_first) for step in steps)
+        if needed > self._session.kv_capacity:
+            raise UserError(
+                f"these steps fill {needed} tokens of KV cache, the session's holds "
+                f"{self._session.kv_capacity}: make one that fits (Session.for_workloads)"
+            )
 
     def _alone(self) -> AbstractContextManager[None]:
         """A core for the host thread; where the device is the CPU itself, it has all."""

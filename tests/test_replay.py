@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import policies  # noqa: E402
+from configs.errors import UserError  # noqa: E402
 from policies.capacity import plan_memory  # noqa: E402
 from policies.core import DecisionCore  # noqa: E402
 from policies.interface import PolicyData, Shape  # noqa: E402
@@ -117,6 +118,16 @@ def test_the_host_is_sampled_between_steps(
     plain = Replay(session, make_core(twin, "lru", 0.25)).run(steps)
     assert len(plain.loops_ns) == 12
     assert not (Marks.of(plain).kind == APART).any()
+
+
+def test_more_tokens_than_the_cache_holds_are_refused(
+    twin: ReplayModel, recorded: tuple[Workload, list[ForcedStep]]
+) -> None:
+    """On a GPU the device itself would stop, and every session with it."""
+    work, steps = recorded
+    replay = Replay(Session(twin, work.max_context - 1), make_core(twin, "lru", 0.25))
+    with pytest.raises(UserError, match=rf"fill {work.max_context} tokens .* holds"):
+        replay.run(steps)
 
 
 def test_a_wait_begins_with_a_refill(twin: ReplayModel, monkeypatch: pytest.MonkeyPatch) -> None:

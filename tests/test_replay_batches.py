@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -385,6 +385,7 @@ class FakeSession:
 
     rows: int
     most_tokens: int
+    host_loops_ns: list[float] = field(default_factory=list)
     closed: bool = False
 
     def close(self) -> None:
@@ -402,13 +403,14 @@ def test_batches_and_the_cpu_are_calibrated_together(
     def session(
         ready: Any, kv_tokens: int, *, rows: int, most_tokens: int, cpu_threads: Any
     ) -> Any:
-        assert (kv_tokens, cpu_threads) == (100, 5)
+        assert (kv_tokens, cpu_threads) == (128, 5)
         assert all(each.closed for each in made)
         made.append(FakeSession(rows, most_tokens))
         return made[-1]
 
     def passes(session: FakeSession, *given: Any) -> Any:
         rows = session.rows
+        session.host_loops_ns += [50_000.0, 50_000.0]
         sizes = [each.model_copy(update={"requests": rows}) for each in (a_pass(rows), a_pass(64))]
         return model_times(*sizes, workspace_bytes={1: 10, 4: 900, 32: 80}[rows])
 
@@ -421,12 +423,12 @@ def test_batches_and_the_cpu_are_calibrated_together(
     monkeypatch.setattr("replay.validation.machine.model_times", passes)
     monkeypatch.setattr("replay.calibrate.lane.cpu_times", lambda session, ns: CPU)
     out = tmp_path / "times.yaml"
-    given = ("olmoe-1b-7b", None, "h200-pcie5", 100, (64,), out, False, (1, 4, 32))
+    given = ("olmoe-1b-7b", None, "h200-pcie5", 128, (64,), out, False, (1, 4, 32))
     calibrate_model(*given, cpu=True, cpu_threads=5)
     found = load_timings(out)
     assert (found.batches, found.cpu) == ((1, 4, 32), CPU)
     assert found.workspace_bytes == 900
-    assert [(each.rows, each.most_tokens) for each in made] == [(1, 100), (4, 100), (32, 100)]
+    assert [(each.rows, each.most_tokens) for each in made] == [(1, 128), (4, 128), (32, 128)]
     assert all(each.closed for each in made)
 
 

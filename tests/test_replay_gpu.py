@@ -63,9 +63,34 @@ def inputs() -> Any:
 def session(twin: Any, inputs: Any) -> Any:
     from replay.play import Session
 
-    session = Session(twin, inputs.workload("last-use").max_context)
+    # Of the tests some decode texts of their own.
+    session = Session(twin, max(inputs.workload("last-use").max_context, 128))
     yield session
     session.close()
+
+
+def logits(session: Any, inputs: Any, point: Any) -> Any:
+    """Of every step, float32 [steps, vocabulary]."""
+    from replay.play import Replay
+    from replay.point import forced_steps
+    from sim.point import make_core, resolve_point
+
+    setting = resolve_point(inputs, point, expert_bytes=session.ready.layout.nbytes)
+    steps = forced_steps(inputs, setting.workload, session.vocabulary)
+    measured = Replay(session, make_core(inputs, setting)).run(steps, keep_logits=True)
+    return torch.stack(measured.logits)
+
+
+def require_near(session: Any, inputs: Any, point: Any, resident: Any) -> None:
+    """A CPU sums in another order than the GPU's kernels: equal but for rounding, and for ties."""
+    found, expected = (logits(session, inputs, each) for each in (point, resident))
+    gap = float((found - expected).abs().max())
+    assert gap <= 0.05 * float(expected.abs().max())
+    greedy, best = found.argmax(-1), expected.argmax(-1)
+    apart = torch.nonzero(greedy != best).flatten().tolist()
+    margins = [float(expected[at, best[at]] - expected[at, greedy[at]]) for at in apart]
+    print(f"{point.label} {point.expert_budget}: largest gap {gap:.4f}, apart {apart}, {margins}")
+    assert all(margin <= 2 * gap for margin in margins)
 
 
 def run(session: Any, inputs: Any, policy: str, budget: str | None) -> Any:
@@ -93,7 +118,10 @@ def test_greedy_tokens_are_those_of_the_resident_model(
         found = run(session, inputs, policy, budget)
     except PolicyError as error:
         pytest.skip(str(error))
-    assert found.measured.tokens == resident.measured.tokens
+    if found.core.uses_cpu:
+        require_near(session, inputs, found.setting.point, resident.setting.point)
+    else:
+        assert found.measured.tokens == resident.measured.tokens
     info = policies.get(policy)
     if not (info.time_dependent or info.prefetches):
         simulated = predict_point(

@@ -436,6 +436,10 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, change: str, said: str) -> N
         ("--geometry olmoe-1b-7b --only link", "--only names parts"),
         ("--geometry olmoe-1b-7b --model here", "one of them"),
         ("--geometry olmoe-1b-7b --kv-tokens 64", "--kv-tokens 64"),
+        (
+            "--geometry olmoe-1b-7b --kv-tokens 119 --prefill-tokens 8",
+            "--kv-tokens 119: calibration itself decodes 120 tokens",
+        ),
     ],
 )
 def test_bad_options_of_a_models_calibration(tmp_path: Path, options: str, said: str) -> None:

@@ -45,6 +45,8 @@ _TRAFFIC_BYTES = 4 * 2**30
 _LEAST_BLOCK = 8 * 2**20  # of traffic: smaller copies end before the next is handed over
 _TRAIN = 40  # copies back to back
 _REPEATS = 30
+LEAST_KV_TOKENS = DECODE_STEPS + 2 * _REPEATS
+"""What the KV cache must hold: steps of a run, then segments that each go on by one."""
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ def calibrate_model(
     """
     from replay.calibrate.cuda import CudaRig
     from replay.calibrate.lane import cpu_times
+    from replay.calibrate.model import LEAST_KV_TOKENS
     from replay.open import DTYPE, command_line, open_model
     from replay.play import Session
     from replay.validation.machine import model_times, on_usual_host
@@ -60,6 +61,11 @@ def calibrate_model(
         raise UserError(
             f"--kv-tokens {kv_tokens}: the cache must hold more than the longest prefill of "
             f"{max(prefill_tokens)} tokens"
+        )
+    if kv_tokens < LEAST_KV_TOKENS:
+        raise UserError(
+            f"--kv-tokens {kv_tokens}: calibration itself decodes {LEAST_KV_TOKENS} tokens; give "
+            "that or more"
         )
     profile = load_hardware(hardware)
     machine = str(CudaRig().facts())

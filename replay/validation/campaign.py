@@ -13,6 +13,7 @@ from configs.hardware import load_hardware
 from configs.timings import ModelTimes
 from replay.calibrate.cuda import CudaRig
 from replay.calibrate.lane import cpu_times
+from replay.calibrate.model import LEAST_KV_TOKENS
 from replay.model import ReplayModel
 from replay.open import DTYPE, command_line, weights_of
 from replay.play import Session
@@ -97,7 +98,7 @@ def run_campaign(
 ) -> Target | None:
     """One run: as many of the open ``cells`` as the clock allows. Returns one for the timeline."""
     say(f"{len(cells)} points to measure; the model is loaded")
-    longest = max((tokens + 1 for tokens in plan.prefill_tokens), default=1)
+    longest = max([LEAST_KV_TOKENS, *(tokens + 1 for tokens in plan.prefill_tokens)])
     whole = Session.for_workloads(ready, *inputs.workloads, at_least=longest)
     with closing(whole) as session:
         return _run(out, plan, inputs, session, cells, say)
