@@ -282,9 +282,8 @@ def _goodput(found: dict[str, Any] | None) -> list[str]:
 def _latency(name: str, values: dict[str, float | None]) -> str:
     if values["mean"] is None:
         return f"  {name:10} {'none in this trace':>21}"
-    return f"  {name:12}" + " ".join(
-        f"{values[key]:10.3f}" for key in ("mean", "p50", "p90", "p99")
-    )
+    figures = " ".join(f"{values[key]:10.3f}" for key in ("mean", "p50", "p90", "p99"))
+    return f"  {name:12}{figures}"
 
 
 def _hits(phase: str, found: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ _MOST_NS = 1 << 60
 _STAMP = re.compile(
     r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(?:Z|\+00:00)?", re.ASCII
 )
+_WHOLE = re.compile(r"-?\d{1,20}", re.ASCII)
 AZURE_FIELDS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 MOONCAKE_FIELDS = ("timestamp", "input_length", "output_length")
 
@@ -136,15 +137,13 @@ def _stamp_ns(text: str, where: str) -> int:
 
 def _tokens(value: object, field: str, where: str) -> int:
     """A whole number of tokens, at least 1."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if isinstance(value, str) and value.isascii() and value.removeprefix("-").isdigit():
-        value, whole = int(value) if len(value) < 20 else _MOST_TOKENS + 1, True
-    if not whole:
+    is_text = isinstance(value, str) and _WHOLE.fullmatch(value) is not None
+    if not is_text and (not isinstance(value, int) or isinstance(value, bool)):
         raise UserError(f"{where}: {field} {value!r:.60} is no whole number of tokens")
-    assert isinstance(value, int)
-    if not 1 <= value <= _MOST_TOKENS:
-        raise UserError(f"{where}: {field} is {value}; a request has 1 to {_MOST_TOKENS} tokens")
-    return value
+    tokens = int(str(value))
+    if not 1 <= tokens <= _MOST_TOKENS:
+        raise UserError(f"{where}: {field} is {tokens}; a request has 1 to {_MOST_TOKENS} tokens")
+    return tokens
 
 
 def _mooncake(text: str, path: Path) -> Iterator[tuple[int, int, int, int]]:

@@ -33,7 +33,7 @@ class Service(BaseModel):
     users: int | None = Field(default=None, ge=1, le=_MOST)
     think_ms: float = Field(default=0.0, ge=0, le=_MOST_MS, allow_inf_nan=False)
     requests: int | None = Field(default=None, ge=1, le=_MOST)
-    lengths: Literal["trace", "scaled", "exact"] = TRACE
+    lengths: Literal["trace", "scaled", "exact"] = "trace"
     scheduler: Literal["continuous", "static"] = "continuous"
     batch: int = Field(default=8, ge=1, le=65_536)
     context: int | None = Field(default=None, ge=1, le=_MOST)

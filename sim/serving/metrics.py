@@ -33,9 +33,9 @@ def request_frame(requests: list[Request]) -> pd.DataFrame:
         "kv_tokens": [each.kv_tokens for each in requests],
     }
     for name in ("arrival", "scheduled", "first_token", "first_decode", "finish"):
-        values = pd.array([getattr(each, name) for each in requests], dtype="Int64")
-        values[np.asarray(values == _NEVER, bool)] = pd.NA
-        columns[f"{name}_ns"] = values
+        values = [getattr(each, name) for each in requests]
+        known = [None if value == _NEVER else value for value in values]
+        columns[f"{name}_ns"] = pd.array(known, dtype="Int64")
     return pd.DataFrame(columns)
 
 
@@ -126,18 +126,19 @@ def by_batch(steps: pd.DataFrame) -> list[dict[str, Any]]:
     """Decode steps by how many requests they had: distinct experts and waves an event, length."""
     decode = steps[steps["prefill_rows"] == 0]
     lengths = decode.assign(step_ns=decode["end_ns"] - decode["begin_ns"])
-    sums = lengths.groupby("requests")[["distinct_experts", "events", "waves", "step_ns"]].sum()
-    steps_of = lengths.groupby("requests").size()
-    return [
-        {
-            "requests": int(size),
-            "steps": int(steps_of[size]),
-            "distinct_per_event": float(row["distinct_experts"] / row["events"]),
-            "waves_per_event": float(row["waves"] / row["events"]),
-            "step_ms": float(row["step_ns"] / steps_of[size] / _NS_PER_MS),
-        }
-        for size, row in sums.iterrows()
-    ]
+    found = []
+    for size, group in lengths.groupby("requests"):
+        events = int(group["events"].sum())
+        found.append(
+            {
+                "requests": int(str(size)),
+                "steps": len(group),
+                "distinct_per_event": float(group["distinct_experts"].sum() / events),
+                "waves_per_event": float(group["waves"].sum() / events),
+                "step_ms": float(group["step_ns"].mean() / _NS_PER_MS),
+            }
+        )
+    return found
 
 
 def batches(steps: pd.DataFrame) -> dict[str, Any]:

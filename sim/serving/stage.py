@@ -25,10 +25,10 @@ class EventMaker:
     """
 
     def __init__(self, experts: Ids, num_experts: int, order: str) -> None:
-        rows, layers, self._width = experts.shape
+        layers = experts.shape[1]
         base = np.arange(layers, dtype=np.int32) * num_experts
         self._keys = np.where(experts >= 0, experts + base[:, None], -1).astype(np.int32)
-        self._whole = (experts >= 0).reshape(rows, -1).all(1).tolist()
+        self._whole: list[bool] = np.all(experts >= 0, axis=(1, 2)).tolist()
         self._layers, self._num_experts, self._order = layers, num_experts, order
 
     def one(self, row: int) -> list[list[int]]:
@@ -40,7 +40,7 @@ class EventMaker:
 
     def several(self, rows: Ids) -> tuple[list[list[int]], list[list[int]]]:
         """Keys by layer, and the tokens assigned to each."""
-        layers, width, size = self._layers, self._width, self._layers * self._num_experts
+        layers, size = self._layers, self._layers * self._num_experts
         # By layer, then token, then rank; best-first: by layer, then rank, then token.
         axes = (1, 2, 0) if self._order == "best-first" else (1, 0, 2)
         flat = self._keys[rows].transpose(axes).reshape(-1)
