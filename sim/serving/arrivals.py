@@ -174,7 +174,7 @@ def _milliseconds_ns(value: Any, where: str) -> int:
         raise UserError(
             f"{where}: timestamp {value!r:.60} is no number of milliseconds from 0 on; mend it"
         )
-    return round(value * _NS_PER_MS)
+    return round(float(value) * _NS_PER_MS)
 
 
 def poisson_ns(rate: float, count: int, seed: int) -> Ints:
