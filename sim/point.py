@@ -241,8 +241,8 @@ def batch_timing(
             return RooflineTiming(geometry, hardware)
         known = ", ".join(map(str, times.batches))
         raise UserError(
-            f"--timings {point.timings}: measured with {known} requests at a time, the trace has "
-            f"{batch} together; leave --timings out, or calibrate with --batch-size {batch}"
+            f"--timings {point.timings}: measured with {known} requests at a time, this run has "
+            f"up to {batch} together; leave --timings out, or calibrate with --batch-size {batch}"
         )
     link = None if point.link is None else int(hardware.link_bytes_per_s)
     return CalibratedTiming(

@@ -37,7 +37,7 @@ def regenerative(waits: np.ndarray) -> tuple[float, float]:
 
 @pytest.mark.parametrize("load", [0.3, 0.6, 0.8])
 def test_the_mean_wait_of_m_d_1(load: float) -> None:
-    """Pollaczek and Khinchine: rho S / (2 (1 - rho)); M/M/1 waits twice as long and is told apart."""
+    """Pollaczek and Khinchine: rho S / (2 (1 - rho)); M/M/1's, twice as long, is told apart."""
     arrivals = poisson_ns(load / STEP * 1e9, REQUESTS, seed=11)
     ran = run(workload(ONE_ROW), Open(arrivals), REQUESTS)
     waits = np.array(all_of(ran, "scheduled")) - np.array(all_of(ran, "arrival"))

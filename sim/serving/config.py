@@ -11,7 +11,7 @@ from configs.errors import UserError
 POISSON, CLOSED = "poisson", "closed"
 TRACE, SCALED, EXACT = "trace", "scaled", "exact"
 _MOST = 1 << 31
-_MOST_MS = 1e9
+_MOST_MS = 86_400_000.0  # a day
 
 
 class Service(BaseModel):
@@ -32,7 +32,7 @@ class Service(BaseModel):
     rate_scale: float = Field(default=1.0, gt=0, le=1e9, allow_inf_nan=False)
     users: int | None = Field(default=None, ge=1, le=_MOST)
     think_ms: float = Field(default=0.0, ge=0, le=_MOST_MS, allow_inf_nan=False)
-    requests: int | None = Field(default=None, ge=1, le=_MOST)
+    requests: int | None = Field(default=None, ge=1, le=10_000_000)
     lengths: Literal["trace", "scaled", "exact"] = "trace"
     scheduler: Literal["continuous", "static"] = "continuous"
     batch: int = Field(default=8, ge=1, le=65_536)
