@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -125,7 +126,7 @@ def serve_command(
     Example: moesim serve --trace sample --geometry olmoe-1b-7b --hardware rtx4090-pcie4
     --policy lru --budget 8GiB --arrivals poisson --rate 0.2 --requests 100 --batch 4
     """
-    from sim.commands import parse_point, parse_settings, tell_notes
+    from sim.commands import parse_point, parse_settings, progress_bar, tell_notes
     from sim.serving import serve_point
     from tracer.trace import Trace
 
@@ -167,7 +168,16 @@ def serve_command(
     opened = Trace.open(trace)
     tell_notes(opened)
     began = time.perf_counter()
-    result = serve_point(opened, point, service, out).result
+    with ExitStack() as shown:
+        bar = progress_bar()
+        task = bar.add_task("requests", total=None)
+
+        def progress(done: int, total: int) -> None:
+            if done == 1:  # the run has begun: before, an error is all there is to show
+                shown.enter_context(bar)
+            bar.update(task, completed=done, total=total)
+
+        result = serve_point(opened, point, service, out, progress).result
     for note in result["notes"]:
         print(f"moesim: note: {note}", file=sys.stderr)
     _tell_speed(result, time.perf_counter() - began)

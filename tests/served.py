@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import policies
 from policies.capacity import plan_memory
 from policies.core import DecisionCore
 from policies.interface import PolicyData, Shape
+from sim.serving import Served, serve
 from sim.serving.arrivals import Closed, Open, Source
 from sim.serving.checks import check_run
 from sim.serving.machine import ServedWorkload, Server, ServingMachine
@@ -114,6 +116,21 @@ def at(*times_ns: int) -> Open:
 def users(number: int, think_ns: int, count: int) -> Closed:
     """Closed arrivals."""
     return Closed(number, think_ns, count)
+
+
+def azure_hour(shared: str | Path) -> Served:
+    """The whole recorded hour of Azure conversations, lengths scaled to the sample trace's."""
+    path = Path(shared) / "requests" / "azure_AzureLLMInferenceTrace_conv.csv"
+    return serve(
+        "sample",
+        policy="lru",
+        hardware="h200-pcie5",
+        geometry="olmoe-1b-7b",
+        budget="12GiB",
+        arrivals=str(path),
+        lengths="scaled",
+        batch=16,
+    )
 
 
 def all_of(ran: Any, name: str) -> list[int]:

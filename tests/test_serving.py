@@ -22,7 +22,7 @@ from sim.serving.checks import Integral, Ledger
 from sim.serving.config import Service
 from sim.serving.requests import Request, draw, library
 from sim.serving.schedule import Rules, Scheduler
-from tests.served import at, run, workload
+from tests.served import at, azure_hour, run, workload
 from tests.test_timings import a_pass, model_times, written
 from tests.traces import ALL_COLUMNS, make_trace
 from tracer.trace import Trace
@@ -220,6 +220,19 @@ def test_a_real_trace_without_prefills(gpt_oss_trace: Trace) -> None:
     assert result["first_decode_ms"]["mean"] > 0
     assert result["queueing_ms"]["mean"] is not None
     assert not result["lengths"]["prefill_in_trace"]
+
+
+@pytest.mark.exhaustive
+def test_the_whole_recorded_hour_of_azure_conversations(shared: Path) -> None:
+    served = azure_hour(shared)
+    result, lengths = served.result, served.result["lengths"]
+    assert result["requests"] == len(served.requests) == 19_366
+    assert result["arrivals"]["rows"] == 19_366
+    assert lengths["mode"] == "scaled"
+    assert lengths["prompt_factor"] == 56 / 14_050
+    assert lengths["output_factor"] == 74 / 1000
+    assert result["reuse"]["times"] == {str(name): 1937 - (name > 5) for name in range(10)}
+    assert 3501 < result["duration_ms"] / 1000 < 3510
 
 
 # ---------------------------------------------------------------------- memory

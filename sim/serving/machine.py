@@ -20,6 +20,9 @@ from sim.serving.stage import Stage
 from sim.timing import Timing
 from tracer.workload import Step, Workload
 
+#: told (answered, of how many) whenever a request is answered
+Progress = Callable[[int, int], None]
+
 
 class ServedWorkload(Workload):
     """Sizes of a workload whose steps are formed while time runs; it has no events of its own.
@@ -50,7 +53,14 @@ class ServedWorkload(Workload):
 class Server:
     """Arrivals, queue and scheduler, and the books that are kept of them."""
 
-    def __init__(self, requests: list[Request], source: Source, rules: Rules) -> None:
+    def __init__(
+        self,
+        requests: list[Request],
+        source: Source,
+        rules: Rules,
+        progress: Progress | None = None,
+    ) -> None:
+        self._progress = progress
         self._requests = requests
         self._source = source
         self.rules = rules
@@ -112,6 +122,8 @@ class Server:
             self.system.change(end, -1)
             self.ledger.finished(request)
             self._source.answered(end)
+            if self._progress is not None:
+                self._progress(self._finished, len(self._requests))
         if self.rules.static and not self.scheduler.running:
             self.ledger.batch_over()
 
@@ -127,13 +139,18 @@ class Server:
 
 @dataclass
 class StepLog:
-    """Of each step: rows of either phase, requests, distinct experts, events and waves."""
+    """Of each step: rows of either phase, requests, distinct experts, events and waves.
+
+    ``lines``: of the batch, idle ones too; ``alike``: requests whose trace request another of the
+    step has too. ``events``, ``waves``: of the run so far.
+    """
 
     prefill_rows: list[int] = field(default_factory=list)
     decode_rows: list[int] = field(default_factory=list)
     requests: list[int] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
     waiting: list[int] = field(default_factory=list)
+    alike: list[int] = field(default_factory=list)
     experts: list[int] = field(default_factory=list)
     events: list[int] = field(default_factory=list)
     waves: list[int] = field(default_factory=list)
@@ -190,7 +207,7 @@ class ServingMachine(Machine):
             begin = now = self._step(step, kv_tokens, now)
             times.end.append(now)
             self._book(marks)
-            self._note(step)
+            self._note(step, shares)
             server.complete(shares, now)
             index += 1
             yield self.env.timeout(now - self.env.now)
@@ -227,13 +244,14 @@ class ServingMachine(Machine):
         self.log.experts.append(sum([len(keys) for keys in events]))
         return events, counts
 
-    def _note(self, step: Step) -> None:
+    def _note(self, step: Step, shares: list[Share]) -> None:
         log, buckets = self.log, self.core.tally.buckets.values()
         log.prefill_rows.append(step.prefill_tokens)
         log.decode_rows.append(step.decode_tokens)
         log.requests.append(len(step.requests))
         log.lines.append(self._lines(step))
         log.waiting.append(len(self._server.scheduler.waiting))
+        log.alike.append(len(shares) - len({request.drawn.name for request, _ in shares}))
         log.events.append(sum([counters.events for counters in buckets]))
         log.waves.append(sum([counters.waves for counters in buckets]))
 

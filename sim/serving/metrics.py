@@ -48,6 +48,7 @@ def step_frame(times: StepTimes, log: StepLog) -> pd.DataFrame:
             "requests": log.requests,
             "lines": log.lines,
             "waiting": log.waiting,
+            "alike": log.alike,
             "prefill_rows": log.prefill_rows,
             "decode_rows": log.decode_rows,
             "distinct_experts": log.experts,
@@ -153,6 +154,7 @@ def batches(steps: pd.DataFrame) -> dict[str, Any]:
         "rows_max": int(rows.max()),
         "mixed_steps": int(mixed.sum()),
         "waiting_max": int(steps["waiting"].max()),
+        "alike_share": float(steps["alike"].sum() / steps["requests"].sum()),
         "decode_by_requests": by_batch(steps),
     }
 

@@ -30,7 +30,7 @@ from sim.point import (
 from sim.serving.arrivals import Coming, coming
 from sim.serving.checks import check_run
 from sim.serving.config import Service
-from sim.serving.machine import ServedWorkload, Server, ServingMachine, rules_of
+from sim.serving.machine import Progress, ServedWorkload, Server, ServingMachine, rules_of
 from sim.serving.metrics import (
     batches,
     goodput,
@@ -65,9 +65,16 @@ class Served:
         write_atomically(out / RESULT_FILE, text.encode())
 
 
-def serve_point(trace: Any, point: Point, service: Service, out: Path | None = None) -> Served:
+def serve_point(
+    trace: Any,
+    point: Point,
+    service: Service,
+    out: Path | None = None,
+    progress: Progress | None = None,
+) -> Served:
     """Serve ``service``'s requests, drawn from the trace, with the point's policy and memory.
 
+    ``out``: a new directory for the result; ``progress`` is told how many of how many are answered.
     Raises UserError or PolicyError for what a user can mend, RuntimeError where one of the checks
     of :mod:`sim.serving.checks` does not hold.
     """
@@ -85,7 +92,7 @@ def serve_point(trace: Any, point: Point, service: Service, out: Path | None = N
     setting = resolve_point(inputs, point, workload=workload)
     core = make_core(inputs, setting)
     rules = workload.rules
-    server = Server(drawing.requests, arrivals.start(), rules)
+    server = Server(drawing.requests, arrivals.start(), rules, progress)
     machine = ServingMachine(
         workload,
         core,
@@ -129,10 +136,23 @@ def serve_point(trace: Any, point: Point, service: Service, out: Path | None = N
         "lengths": drawing.lengths,
         "reuse": drawing.reuse,
     }
-    served = Served(described(inputs, setting, core, measured), frame, steps)
+    result = described(inputs, setting, core, measured)
+    result["notes"] += _alike(measured["batches"]["alike_share"], len(drawn))
+    served = Served(result, frame, steps)
     if out is not None:
         served.write(out)
     return served
+
+
+def _alike(share: float, trace_requests: int) -> list[str]:
+    """What to make of steps that held one of the trace's requests more than once."""
+    if share == 0:
+        return []
+    return [
+        f"{share:.1%} of the requests in a step had the routing of another there, as the trace has "
+        f"{trace_requests}: they share experts more than live ones would; a longer trace has less "
+        "of it"
+    ]
 
 
 def refuse_oracle(point: Point) -> None:
