@@ -210,6 +210,8 @@ def _tell_speed(result: dict[str, Any], seconds: float) -> None:
 
 def table(result: dict[str, Any]) -> list[str]:
     """The figures that a person looks for first."""
+    from sim.commands import loss_line
+
     service, batch, kv = result["service"], result["batches"], result["kv"]
     timing = "" if result["timing"] == "calibrated" else f" ({result['timing']} timing)"
     lines = [
@@ -232,6 +234,7 @@ def table(result: dict[str, Any]) -> list[str]:
         "most"
     )
     lines += [_hits(phase, result[phase]) for phase in ("decode", "prefill")]
+    lines += filter(None, [loss_line(result["quality"]["decode"])])
     lines.append(
         f"  link       {result['h2d_bytes_per_token'] / 1e6:.1f} MB a row, "
         f"busy {result['link_busy_share']:.1%} of the time"

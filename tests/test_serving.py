@@ -173,6 +173,26 @@ def test_exact_lengths_are_the_arrivals_own(tiny: Trace, tmp_path: Path) -> None
     assert served.result["arrivals"]["rows"] == 3
 
 
+def test_answers_of_one_token_have_no_tpot(tiny: Trace, tmp_path: Path) -> None:
+    path = azure(tmp_path / "a.csv", (1, 2, 1), (1, 5, 1))
+    served = serve(tiny, policy="lru", arrivals=path, lengths="exact", slo_tpot_ms=1e-3, **MACHINE)
+    result = served.result
+    assert result["tpot_ms"]["mean"] is result["itl_ms"]["mean"] is None
+    assert result["first_decode_ms"]["mean"] is None
+    assert result["goodput"]["share"] == 1
+    assert result["e2el_ms"] == result["ttft_ms"]
+    assert result["output_tokens_per_s"] == pytest.approx(result["requests_per_s"])
+
+
+def test_requests_that_are_alike_in_a_step_are_told(tiny: Trace) -> None:
+    """Six requests of the trace: eight users have the first and the second twice."""
+    served = serve(tiny, policy="lru", arrivals="closed", users=8, requests=8, **MACHINE)
+    assert served.result["batches"]["alike_share"] == 2 / 8
+    assert any("25.0% of the requests in a step" in note for note in served.result["notes"])
+    few = serve(tiny, policy="lru", arrivals="closed", users=6, requests=8, **MACHINE)
+    assert few.result["notes"] == []
+
+
 def test_a_file_can_be_denser(tiny: Trace, tmp_path: Path) -> None:
     path = azure(tmp_path / "a.csv", (1, 2, 4), (3, 2, 4))
     served = serve(tiny, policy="lru", arrivals=str(path), rate_scale=4.0, **MACHINE)
@@ -302,6 +322,29 @@ def test_measured_batches_take_their_own_times(tmp_path: Path) -> None:
     assert set(static["requests"]) == {1, 2}
     assert set(static["lines"]) == {2}
     assert static["ns"].min() > 20_000_000
+
+
+def test_one_user_with_measured_times(tmp_path: Path) -> None:
+    """Also where batches were measured, and a prefill has times of its own."""
+    passes = [a_pass(size).model_copy(update={"requests": size}) for size in (1, 2)]
+    passes.insert(1, a_pass(64, scale=3, decision_ns=65_000))
+    timings = str(written(tmp_path, model_times(*passes)))
+    fields: dict[str, Any] = {**SAMPLE, "hardware": "h200-pcie5", "timings": timings}
+    point = Point(policy="next-gate", max_tokens=200, **fields)
+    simulated = run_point(inputs_for(Trace.open("sample"), point), point)
+    assert simulated["timing"] == "calibrated"
+    for scheduler in ("static", "continuous"):
+        served = serve(
+            "sample",
+            policy="next-gate",
+            max_tokens=200,
+            arrivals="closed",
+            users=1,
+            batch=1,
+            scheduler=scheduler,
+            **fields,
+        )
+        same(served.result, simulated)
 
 
 # ---------------------------------------------------------------------- results

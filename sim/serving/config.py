@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from configs.errors import UserError
 
@@ -44,6 +45,11 @@ class Service(BaseModel):
     slo_ttft_ms: float | None = Field(default=None, gt=0, le=_MOST_MS, allow_inf_nan=False)
     slo_tpot_ms: float | None = Field(default=None, gt=0, le=_MOST_MS, allow_inf_nan=False)
     arrival_seed: int = Field(default=0, ge=0, le=2**62)
+
+    @field_validator("arrivals", mode="before")
+    @classmethod
+    def _path_as_text(cls, value: object) -> object:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
 
     @property
     def recorded(self) -> bool:

@@ -82,66 +82,90 @@ def serve_point(
     refuse_oracle(point)
     if out is not None:
         refuse_non_empty(out)
-    inputs = inputs_of(ServedInputs, trace, point)
-    stage = inputs.set_stage(point.touch_order)
-    drawn = library(stage.work)
-    arrivals = coming(service, len(drawn))
-    drawing = draw(drawn, arrivals, service.lengths)
-    _refuse_ttft(service, drawing)
-    workload = served_workload(stage.work, service, arrivals, drawing.requests)
-    setting = resolve_point(inputs, point, workload=workload)
-    core = make_core(inputs, setting)
-    rules = workload.rules
-    server = Server(drawing.requests, arrivals.start(), rules, progress)
-    machine = ServingMachine(
-        workload,
-        core,
-        _timings(setting),
-        server,
-        stage,
-        window=point.window,
-        bursts=not setting.info.time_dependent,
-    )
-    machine.run()
-    frame, steps = request_frame(drawing.requests), step_frame(machine.times, machine.log)
-    little = check_run(
-        drawing.requests,
-        server.system,
-        server.queue,
-        (machine.times.begin, machine.times.end),
-        machine.idle_ns,
-        server.ledger.rows,
-    )
-    span_s = machine.times.end[-1] / 1e9
-    measured = {
-        "requests": len(frame),
-        "tokens": {
-            "prefill": int(frame["prompt_tokens"].sum()),
-            "decode": int(frame["decode_tokens"].sum()),
-        },
-        **latencies(frame, np.array(server.gaps_ns, np.int64)),
-        **throughput(frame, steps, machine.idle_ns),
-        "goodput": goodput(frame, service, span_s),
-        "batches": batches(steps),
-        "kv": {
-            "pool_tokens": rules.kv_tokens,
-            "context": workload.max_context,
-            "high_water_tokens": server.ledger.kv_most,
-            "high_water_share": server.ledger.kv_most / rules.kv_tokens,
-        },
-        **run_metrics(core.tally, machine.times, steps, machine.link.busy_ns),
-        "little": little,
-        "service": service.model_dump(),
-        "arrivals": arrivals.facts,
-        "lengths": drawing.lengths,
-        "reuse": drawing.reuse,
-    }
-    result = described(inputs, setting, core, measured)
-    result["notes"] += _alike(measured["batches"]["alike_share"], len(drawn))
-    served = Served(result, frame, steps)
+    served = _Run(trace, point, service, progress).served()
     if out is not None:
         served.write(out)
     return served
+
+
+class _Run:
+    """A run's parts, ready to go."""
+
+    def __init__(
+        self, trace: Any, point: Point, service: Service, progress: Progress | None
+    ) -> None:
+        self._service = service
+        self._inputs = inputs_of(ServedInputs, trace, point)
+        stage = self._inputs.set_stage(point.touch_order)
+        drawn = library(stage.work)
+        self._arrivals = coming(service, len(drawn))
+        self._drawing = draw(drawn, self._arrivals, service.lengths)
+        _refuse_ttft(service, self._drawing)
+        self._requests = self._drawing.requests
+        workload = served_workload(stage.work, service, self._arrivals, self._requests)
+        self._setting = resolve_point(self._inputs, point, workload=workload)
+        self._context = workload.max_context
+        self._core = make_core(self._inputs, self._setting)
+        self._server = Server(self._requests, self._arrivals.start(), workload.rules, progress)
+        self._machine = ServingMachine(
+            workload,
+            self._core,
+            _timings(self._setting),
+            self._server,
+            stage,
+            window=point.window,
+            # A burst decides ahead of the clock: no place for a policy that asks for the time.
+            bursts=not self._setting.info.time_dependent,
+        )
+
+    def served(self) -> Served:
+        """Run, check, and tell."""
+        self._machine.run()
+        times = self._machine.times
+        little = self._checked()
+        frame, steps = request_frame(self._requests), step_frame(times, self._machine.log)
+        measured = {
+            "requests": len(frame),
+            "tokens": {
+                "prefill": int(frame["prompt_tokens"].sum()),
+                "decode": int(frame["decode_tokens"].sum()),
+            },
+            **latencies(frame, np.array(self._server.gaps_ns, np.int64)),
+            **throughput(frame, steps, self._machine.idle_ns),
+            "goodput": goodput(frame, self._service, times.end[-1] / 1e9),
+            "batches": batches(steps),
+            "kv": self._kv(),
+            **run_metrics(self._core.tally, times, steps, self._machine.link.busy_ns),
+            "little": little,
+            "service": self._service.model_dump(),
+            "arrivals": self._arrivals.facts,
+            "lengths": self._drawing.lengths,
+            "reuse": self._drawing.reuse,
+        }
+        result = described(self._inputs, self._setting, self._core, measured)
+        alike = measured["batches"]["alike_share"]
+        result["notes"] += _alike(alike, self._drawing.reuse["trace_requests"])
+        return Served(result, frame, steps)
+
+    def _checked(self) -> dict[str, Any]:
+        server, machine = self._server, self._machine
+        return check_run(
+            self._requests,
+            server.system,
+            server.queue,
+            (machine.times.begin, machine.times.end),
+            machine.idle_ns,
+            server.ledger.rows,
+        )
+
+    def _kv(self) -> dict[str, Any]:
+        pool, most = self._server.rules.kv_tokens, self._server.ledger.kv_most
+        return {
+            "pool_tokens": pool,
+            "context": self._context,
+            "high_water_tokens": most,
+            "high_water_share": most / pool,
+        }
 
 
 def _alike(share: float, trace_requests: int) -> list[str]:
