@@ -16,6 +16,7 @@ link       the copy engine
 gpu        the compute stream
 stretch    a part of a run as a timeline for Perfetto
 metrics    latencies, hits, bytes, time by cause
+serving    many requests: arrivals, batches
 sweeps     many points
 ranking    who wins where, in tables and words
 plots      figures

@@ -52,6 +52,7 @@ class CalibratedTiming(RooflineTiming):
                 f"times of {times.geometry} with {batch} requests at a time were not measured "
                 f"(with {known} they were): calibrate with that batch, or record another"
             )
+        self.smallest_batch = times.batches[0]
         self._own = times.policy_at(policy or "", expert_share)
         self.predictor_ns = {**self.predictor_ns, **times.predictor_ns}
         self._decode = _decode_passes(times, batch)

@@ -180,7 +180,9 @@ def _print_result(result: dict[str, Any]) -> None:
             f"  decode   {decode['hit_rate']:.1%} hits, {decode['late'] / asked:.1%} "
             f"late, {decode['misses'] / asked:.1%} missed of {asked}"
         )
-        _print_loss(result["quality"]["decode"])
+        loss = loss_line(result["quality"]["decode"])
+        if loss:
+            print(loss)
         print("  a token  " + ", ".join(f"{name} {ms:.3f}" for name, ms in parts.items()) + " ms")
     print(
         f"  link     {result['h2d_bytes_per_token'] / 1e6:.1f} MB a token, "
@@ -188,11 +190,11 @@ def _print_result(result: dict[str, Any]) -> None:
     )
 
 
-def _print_loss(loss: dict[str, float | None]) -> None:
-    """What a lossy policy did not compute as the gate asked."""
+def loss_line(loss: dict[str, float | None]) -> str:
+    """What a lossy policy did not compute as the gate asked; empty for others."""
     if loss["changed_share"] is None:
-        return
-    print(
+        return ""
+    return (
         f"  lossy    {loss['changed_share']:.1%} of these replaced, at low bits or left out; "
         f"of the gate weight {loss['lost_mass_share']:.1%} lost, "
         f"{loss['low_mass_share']:.1%} at low bits"

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from configs.errors import UserError
-from policies.interface import EventTable
+from policies.interface import EventTable, Signals
 from tracer.manifest import Manifest
 from tracer.workload import Ragged, Workload, first_use, next_use, popularity
 
@@ -231,11 +231,11 @@ class Inputs:
             rows = np.asarray(self.trace.load([name], 0, self.max_tokens)[name])
             self._columns[name] = rows if self._only is None else rows[self._only]
 
-    def recording(self, touch_order: str) -> RecordedRows:
+    def recording(self, touch_order: str) -> RecordedRows | None:
         """The judged requests as a whole: for policies that predict in blocks."""
         return RecordedRows(self, self.workload(touch_order))
 
-    def signals(self, touch_order: str) -> TraceSignals:
+    def signals(self, touch_order: str) -> Signals:
         """The judged requests' columns, one step at a time."""
         return TraceSignals(self, self.workload(touch_order))
 

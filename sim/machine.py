@@ -159,8 +159,7 @@ class Machine:
         core, link, gpu, timing = self.core, self.link, self.gpu, self.timing
         host = self._costs
         slowdown = timing.segment_slowdown_ppm
-        events = self.workload.events.step(step.index)
-        counts = self.workload.events.step_counts(step.index) if step.tokens > 1 else None
+        events, counts = self._events(step)
         requests = len(step.requests)
         segments = self._segments(step.tokens, requests, kv_tokens)
         predicting = core.policy.prefetcher is not None
@@ -202,6 +201,12 @@ class Machine:
             core.experts_done(previous)
         self.clock = now
         return now
+
+    def _events(self, step: Step) -> tuple[list[list[int]], list[list[int]] | None]:
+        """Keys of each layer's event, and the tokens assigned to each; None: one each."""
+        events = self.workload.events
+        counts = events.step_counts(step.index) if step.tokens > 1 else None
+        return events.step(step.index), counts
 
     def _segments(self, tokens: int, requests: int, kv_tokens: int) -> list[int]:
         """Nominal segment times by layer."""

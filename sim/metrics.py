@@ -127,7 +127,11 @@ def quality(tally: Tally, phase: str) -> dict[str, float | None]:
 
 def breakdown_ms(workload: Workload, times: StepTimes) -> dict[str, float | None]:
     """Mean time of a decode step by where it went; the parts sum to the step."""
-    decode = np.array([step.prefill_tokens == 0 for step in workload.steps()])
+    return breakdown_of(np.array([step.prefill_tokens == 0 for step in workload.steps()]), times)
+
+
+def breakdown_of(decode: npt.NDArray[np.bool_], times: StepTimes) -> dict[str, float | None]:
+    """As :func:`breakdown_ms`. ``decode`` [steps]: steps without a prefill row."""
     names = ("segments", "experts", "stall_late", "stall_miss", "stall_cpu")
     if not decode.any():
         return dict.fromkeys(("host", *names))

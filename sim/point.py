@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -35,6 +35,7 @@ from sim.timing import RooflineTiming, Timing
 from tracer.workload import Workload
 
 DEFAULT_FIT_SHARE = 0.3
+AnyInputs = TypeVar("AnyInputs", bound=Inputs)
 
 
 class Point(BaseModel):
@@ -78,13 +79,18 @@ class Point(BaseModel):
 
 def inputs_for(trace: Any, point: Point) -> Inputs:
     """Inputs of a single point: requests are set aside only if it learns from them."""
+    return inputs_of(Inputs, trace, point)
+
+
+def inputs_of(kind: type[AnyInputs], trace: Any, point: Point) -> AnyInputs:
+    """:func:`inputs_for`, of a kind of Inputs."""
     info = policies.get(point.policy)
     params, options = info.parse(point.params)
     share = point.fit_share
     if share is None:
         share = DEFAULT_FIT_SHARE if info.learns(options) else 0.0
     learned = dict.fromkeys((*point.learned, *learned_among(info.all_columns(params))))
-    return Inputs(trace, max_tokens=point.max_tokens, fit_share=share, learned=tuple(learned))
+    return kind(trace, max_tokens=point.max_tokens, fit_share=share, learned=tuple(learned))
 
 
 #: What decisions of time-independent policies do not depend on.
@@ -159,9 +165,16 @@ class Setting:
     timing: Timing
 
 
-def resolve_point(inputs: Inputs, point: Point, *, expert_bytes: int | None = None) -> Setting:
+def resolve_point(
+    inputs: Inputs,
+    point: Point,
+    *,
+    expert_bytes: int | None = None,
+    workload: Workload | None = None,
+) -> Setting:
     """What a point's names stand for. ``expert_bytes``: of one expert as an engine lays it out.
 
+    ``workload``: what is run, None: the inputs' own.
     Raises UserError or PolicyError for what a user can mend.
     """
     info = policies.get(point.policy)
@@ -172,7 +185,8 @@ def resolve_point(inputs: Inputs, point: Point, *, expert_bytes: int | None = No
         sizes = (expert_bytes,) * geometry.num_moe_layers
         geometry = geometry.model_copy(update={"expert_bytes_by_layer": sizes})
     hardware = timed_hardware(point)
-    workload = inputs.workload(point.touch_order)
+    if workload is None:
+        workload = inputs.workload(point.touch_order)
     memory = resolve(geometry, workload, *_budgets(info, point))
     shape = Shape(
         layers=geometry.num_moe_layers,
@@ -212,17 +226,23 @@ def timing_of(
     ``share``: as :func:`expert_share`. A workload of batches beyond those that were measured is
     estimated, unless the point names its times: UserError then.
     """
+    return batch_timing(point, geometry, hardware, workload.max_batch, share)
+
+
+def batch_timing(
+    point: Point, geometry: Geometry, hardware: Hardware, batch: int, share: float | None = None
+) -> Timing:
+    """:func:`timing_of` batches of so many requests."""
     times = _measured_times(point, geometry, hardware)
     if times is None:
         return RooflineTiming(geometry, hardware)
-    batch = workload.max_batch
     if not times.cover(batch):
         if point.timings is None:
             return RooflineTiming(geometry, hardware)
         known = ", ".join(map(str, times.batches))
         raise UserError(
-            f"--timings {point.timings}: measured with {known} requests at a time, the trace has "
-            f"{batch} together; leave --timings out, or calibrate with --batch-size {batch}"
+            f"--timings {point.timings}: measured with {known} requests at a time, this run has "
+            f"up to {batch} together; leave --timings out, or calibrate with --batch-size {batch}"
         )
     link = None if point.link is None else int(hardware.link_bytes_per_s)
     return CalibratedTiming(

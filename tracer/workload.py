@@ -285,15 +285,26 @@ class Workload:
         (callers move them to the layer that the column is about). ``width``: how many of the
         recorded candidates a token to take.
         """
+        return distinct(
+            self.predicted(name, width),
+            self.step_of_row,
+            self.num_steps,
+            self.num_experts,
+            "best-first",
+        )
+
+    def predicted(self, name: str, width: int) -> IntArray:
+        """The first ``width`` candidates of column ``name``, [rows, L, width].
+
+        Raises UserError where fewer were recorded.
+        """
         columns = self.column(name)
         if width > columns.shape[2]:
             raise UserError(
                 f"column {name} holds {columns.shape[2]} candidates a token, {width} were asked "
                 "for: lower overfetch, or record more"
             )
-        return distinct(
-            columns[:, :, :width], self.step_of_row, self.num_steps, self.num_experts, "best-first"
-        )
+        return columns[:, :, :width]
 
     def steps(self) -> Iterator[Step]:
         """The steps in order, with the requests that begin and end in each."""

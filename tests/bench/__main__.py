@@ -39,9 +39,15 @@ def main(arguments: list[str]) -> int:
     tracing = [each for each in figures if "tracing" in each]
     traces = [each for each in figures if "trace_tokens" in each]
     ranked = [each for each in figures if "slowest" in each]
+    serving = [each for each in figures if "served_requests" in each]
     lines = [*_table(compared), *map(_memory_line, memory), *map(_sweep_line, sweeps)]
     lines += [line for each in ranked for line in _policy_lines(each)]
-    for line in [*lines, *map(_tracing_line, tracing), *map(_trace_line, traces)]:
+    for line in [
+        *lines,
+        *map(_tracing_line, tracing),
+        *map(_trace_line, traces),
+        *map(_serving_line, serving),
+    ]:
         print(line)
     result = {
         "passed": int(status) == 0,
@@ -51,6 +57,7 @@ def main(arguments: list[str]) -> int:
         "tracing": tracing,
         "traces": traces,
         "policies": ranked,
+        "serving": serving,
     }
     print(json.dumps(result))
     return int(status)
@@ -102,6 +109,15 @@ def _trace_line(case: dict[str, Any]) -> str:
         f"{case['written_tokens_per_s']:,} tokens/s written, "
         f"{case['read_tokens_per_s']:,} tokens/s read; bytes a token: {sizes} "
         f"(raw ids {case['raw_id_bytes_per_token']})"
+    )
+
+
+def _serving_line(case: dict[str, Any]) -> str:
+    requests, seconds = case["served_requests"], case["seconds"]
+    return (
+        f"{requests:,} requests in {case['steps']:,} steps served: {seconds:.1f} s, "
+        f"{requests / seconds:,.0f} requests/s, {case['accesses'] / seconds:,.0f} accesses/s, "
+        f"peak {case['peak_bytes'] / 1e6:.0f} MB"
     )
 
 
