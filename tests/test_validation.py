@@ -25,7 +25,14 @@ from replay.commands import validate  # noqa: E402
 from replay.model import from_checkpoint  # noqa: E402
 from replay.play import Session  # noqa: E402
 from replay.validation import machine  # noqa: E402
-from replay.validation.campaign import PlanInputs, choose, shown, timelines  # noqa: E402
+from replay.validation.campaign import (  # noqa: E402
+    PlanInputs,
+    choose,
+    predicted_resident_ms,
+    require_same_trace,
+    shown,
+    timelines,
+)
 from replay.validation.errors import (  # noqa: E402
     at,
     gap,
@@ -662,7 +669,14 @@ def test_predictions_and_measurements_of_a_campaign_become_a_report(
             nonexpert = told["nonexpert_bytes"]
             assert told["peak_bytes"] == nonexpert + cache + 1_000 + slots
         files = RunFiles(out)
-        facts = {**FACTS, "expert_bytes": ready.layout.nbytes}
+        resident_ms = predicted_resident_ms(plan, inputs, session, times)
+        # No copies, no misses: the segments and what the host and the experts take beside them.
+        assert resident_ms > 0.15 * layers
+        facts = {
+            **FACTS,
+            "expert_bytes": ready.layout.nbytes,
+            "resident_predicted_ms": BEFORE.resident_ms / 1.5,
+        }
         files.predicted(times, targets, digest(targets), facts)
         files.canaries(BEFORE, None)
         measure(session, inputs.judged, targets, plan.repeats, files.measured, said.append)
@@ -681,6 +695,11 @@ def test_predictions_and_measurements_of_a_campaign_become_a_report(
     assert sum(parts) == pytest.approx(found["measured"], rel=0.02)
     parts = [part["predicted"] for part in row["components_ms"].values() if part]
     assert sum(parts) == pytest.approx(found["predicted"], rel=1e-3)
+    told = (out / "report.md").read_text()
+    assert "resident, before against its prediction: +50.00% (**the machine drifted**)" in told
+    require_same_trace(out, plan, inputs.judged.trace.digest)
+    with pytest.raises(UserError, match="run 1 judged the trace of digest"):
+        require_same_trace(out, plan, "0" * 64)
     assert (out / "run-1" / "timings.yaml").read_text() == render(times)
     assert json.loads((out / "run-1" / "run.json").read_text())["canaries"]["after"] == asdict(
         AFTER

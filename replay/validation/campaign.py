@@ -17,13 +17,14 @@ from replay.calibrate.model import LEAST_KV_TOKENS
 from replay.model import ReplayModel
 from replay.open import DTYPE, command_line, weights_of
 from replay.play import Session
-from replay.point import replay_point
-from replay.validation.files import RunFiles
+from replay.point import predict_setting, replay_point
+from replay.validation.files import RunFiles, read_campaign
 from replay.validation.machine import model_times, on_usual_host, policy_times
 from replay.validation.plan import Cell, ValidationPlan, calibration_points
 from replay.validation.run import Target, canary, digest, measure, predict
+from sim.calibrated import CalibratedTiming
 from sim.inputs import Inputs
-from sim.point import Point
+from sim.point import Point, resolve_point
 from sim.spans import chrome_trace
 from tracer.trace import Trace
 from tracer.workload import Workload
@@ -114,6 +115,7 @@ def _run(
 ) -> Target | None:
     ready = session.ready
     machine = str(CudaRig().facts())
+    require_same_trace(out, plan, inputs.judged.trace.digest)
     times, setup_s = _calibrate(plan, inputs, session, machine, say)
     targets = predict(session, inputs.judged, times, cells)
     chosen = choose(targets, plan.repeats, setup_s, say.left_s)
@@ -123,6 +125,7 @@ def _run(
         "weights": weights_of(ready),
         "command": command_line(),
         "expert_bytes": ready.layout.nbytes,
+        "resident_predicted_ms": predicted_resident_ms(plan, inputs, session, times),
     }
     files = RunFiles(out)
     files.predicted(times, chosen, sha256, facts)
@@ -164,6 +167,29 @@ def _calibrate(
         times = times.model_copy(update={"cpu": lane})
         say(f"the CPU's times are measured, on {lane.threads} threads")
     return times, setup
+
+
+def require_same_trace(out: Path, plan: ValidationPlan, digest: str) -> None:
+    """UserError where this campaign's runs so far judged another trace."""
+    for each in read_campaign(out, plan):
+        known = each.predicted["trace"]["digest"]
+        if known != digest:
+            raise UserError(
+                f"{out}: run {each.run.number} judged the trace of digest {known:.12}, this is "
+                f"{digest:.12}: give the same trace, or name another directory"
+            )
+
+
+def predicted_resident_ms(
+    plan: ValidationPlan, inputs: PlanInputs, session: Session, times: ModelTimes
+) -> float:
+    """A decode step of the canary, simulated."""
+    point = Point(policy="resident", hardware=plan.hardware, geometry=plan.geometry)
+    nbytes = session.ready.layout.nbytes
+    setting = resolve_point(inputs.calibration, point, expert_bytes=nbytes)
+    timing = CalibratedTiming(setting.geometry, setting.hardware, times, batch=session.rows)
+    found = predict_setting(inputs.calibration, setting, timing)
+    return float(found.result["itl_ms"]["mean"])
 
 
 def choose(

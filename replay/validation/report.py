@@ -210,6 +210,9 @@ def _run_lines(run: Figures) -> list[str]:
         "",
     ]
     told.append(_drift_line("link, before against calibration", run["link_since_calibration"]))
+    if "resident_predicted_ms" in run:
+        gap = before["resident_ms"] / run["resident_predicted_ms"] - 1
+        told.append(_drift_line("resident, before against its prediction", gap))
     if run["host_slowness"] is not None:
         told.append(_host_line(run["host_slowness"]))
     if run["drift"] is None:
