@@ -8,14 +8,14 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from configs.figure_style import INK
 from sim.plots import PARTS
 from sim.ranking import by_budget
 from sim.report.canvas import axis, layout, menu
-from sim.report.looks import Look, plain, wrapped
+from sim.report.looks import Look, pitch_of, plain, wrapped
 from sim.selection import middle_budget
 from sim.wording import as_ms
 
+_ROOM = 1.25  # for the totals beside the bars
 _HATCHES = {"stall_late": "/"}
 
 
@@ -34,6 +34,7 @@ def breakdown_figure(points: pd.DataFrame, looks: Sequence[Look]) -> go.Figure:
     for trace, owner in zip(traces, owners, strict=True):
         trace.visible = owner == first
     most = max(groups[budget]["label"].nunique() for budget in ordered)
+    slowest = float(points["tpot_ms.mean"].max())
     figure = go.Figure(traces)
     entries = [
         (
@@ -45,10 +46,10 @@ def breakdown_figure(points: pd.DataFrame, looks: Sequence[Look]) -> go.Figure:
     ]
     figure.update_layout(
         layout(
-            230 + 38 * most,
+            230 + (4 + pitch_of([look.name for look in looks])) * most,
             barmode="stack",
             bargap=0.25,
-            xaxis=axis("time of a decode step (ms)", rangemode="tozero"),
+            xaxis=axis("ms a decode step", range=[0, _ROOM * slowest]),
             yaxis=axis(
                 "",
                 type="category",
@@ -56,6 +57,7 @@ def breakdown_figure(points: pd.DataFrame, looks: Sequence[Look]) -> go.Figure:
                 categoryorder="array",
                 categoryarray=_order(groups[first], names),
                 showgrid=False,
+                tickfont={"size": 12},
             ),
             updatemenus=[menu(entries)],
             margin={"l": 10, "r": 14, "t": 60, "b": 10},
@@ -85,7 +87,12 @@ def _bars(group: pd.DataFrame, names: dict[str, str]) -> list[Any]:
                     marker={
                         "color": colour,
                         "line": {"color": "white", "width": 0.5},
-                        "pattern": {"shape": _HATCHES.get(part, ""), "fgcolor": INK, "size": 6},
+                        "pattern": {
+                            "shape": _HATCHES.get(part, ""),
+                            "fillmode": "overlay",
+                            "fgcolor": "white",
+                            "size": 7,
+                        },
                     },
                     customdata=[
                         [as_ms(value), plain(label)]

@@ -24,7 +24,7 @@ Menu = dict[str, Any]
 def axis(title: str, **more: Any) -> dict[str, Any]:
     """An axis of the house style."""
     return {
-        "title": {"text": title, "standoff": 8},
+        "title": {"text": title, "standoff": 8, "font": {"size": 13}},
         "gridcolor": RULE,
         "linecolor": INK,
         "zeroline": False,
@@ -37,7 +37,7 @@ def log_ms_axis(title: str, values: Sequence[float]) -> dict[str, Any]:
     """An axis of milliseconds, logarithmic where the values spread over more than a factor of 5."""
     if not values or max(values) <= 5 * min(values):
         return axis(title, rangemode="tozero")
-    return axis(title, type="log", dtick="D1", tickformat="~g", minor={"showgrid": False})
+    return axis(title, type="log", dtick="D2", tickformat="~g", minor={"showgrid": False})
 
 
 def menu(entries: Sequence[tuple[str, dict[str, Any], dict[str, Any]]]) -> Menu:
@@ -79,10 +79,11 @@ def layout(height: int, **more: Any) -> dict[str, Any]:
             "orientation": "h",
             "x": 0,
             "xanchor": "left",
-            "y": -0.16,
-            "yanchor": "top",
+            "yref": "container",
+            "y": 0.005,
+            "yanchor": "bottom",
             "maxheight": 0.6,
-            "itemsizing": "constant",
+            "traceorder": "normal",
         },
     }
     return base | more

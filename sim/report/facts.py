@@ -74,7 +74,7 @@ def _routing(results: Results) -> list[str]:
     points = results.points
     first = points.iloc[0]
     model = f" (recorded from {first['trace.model']})" if "trace.model" in points else ""
-    lines = [f"{results.config.trace}{model}, digest {results.trace_digest}"]
+    lines = [f"{results.config.trace}{model}, digest {results.trace_digest:.8}"]
     if "tokens.decode" in points:
         lines.append(
             f"judged on {int(first['trace.judged_requests'])} requests: "

@@ -10,11 +10,13 @@ import plotly.graph_objects as go
 from configs.figure_style import INK
 from sim.ranking import TIE_MARGIN, by_budget
 from sim.report.canvas import axis, layout
-from sim.report.looks import Look, plain, wrapped
+from sim.report.looks import Look, pitch_of, plain, wrapped
 from sim.wording import three_figures
 
 _SLOWEST = 4  # times the fastest choice, from which on the colour is the same
-_SCALE = [(0.0, "#FFFFFF"), (0.15, "#DCEBF5"), (0.5, "#8DBFDE"), (1.0, "#2C7FB8")]
+_ABSENT = "#E9E9E9"
+_BARE = {"showgrid": False, "showline": False, "ticks": "", "tickfont": {"size": 12}}
+_SCALE = [(0.0, "#FFFFFF"), (0.15, "#DCEBF5"), (0.5, "#A6CEE8"), (1.0, "#5AA3CF")]
 
 
 def grid_figure(points: pd.DataFrame, looks: Sequence[Look]) -> go.Figure:
@@ -32,11 +34,12 @@ def grid_figure(points: pd.DataFrame, looks: Sequence[Look]) -> go.Figure:
         told.append([words for _, _, words in cells])
     figure = go.Figure(
         go.Heatmap(
-            x=[plain(budget) for budget in budgets],
+            x=[plain(budget.replace(" %", "%")) for budget in budgets],
             y=[wrapped(look.name) for look in present],
             z=ratios,
             text=texts,
             texttemplate="%{text}",
+            textfont={"size": 12, "color": INK},
             customdata=told,
             hovertemplate="%{customdata}<extra></extra>",
             colorscale=_SCALE,
@@ -49,21 +52,20 @@ def grid_figure(points: pd.DataFrame, looks: Sequence[Look]) -> go.Figure:
                 "title": {"text": "times the fastest choice", "side": "top"},
                 "orientation": "h",
                 "thickness": 10,
-                "y": -0.02,
+                "y": 0,
                 "yanchor": "top",
-                "yref": "paper",
-                "ypad": 40,
+                "ypad": 18,
                 "tickvals": [1, 2, 3, _SLOWEST],
-                "ticktext": ["1", "2", "3", f"{_SLOWEST} and more"],
+                "ticktext": ["1", "2", "3", f"\u2265 {_SLOWEST}"],
             },
         )
     )
     figure.update_layout(
         layout(
-            170 + 36 * len(present),
-            xaxis=axis("", type="category", side="top", showgrid=False, linecolor="white"),
-            yaxis=axis("", type="category", autorange="reversed", showgrid=False, ticks=""),
-            font={"color": INK, "size": 13},
+            130 + pitch_of([look.name for look in present]) * len(present),
+            xaxis=axis("", type="category", side="top", tickangle=0, **_BARE),
+            yaxis=axis("", type="category", autorange="reversed", **_BARE),
+            plot_bgcolor=_ABSENT,
         )
     )
     return figure

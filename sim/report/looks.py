@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import html
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pandas as pd
 
@@ -18,7 +20,7 @@ from sim.selection import BASELINE, RESIDENT
 
 KINDS = ("causal", "lossy", "what-if", "bound")
 KIND_NAMES = {"causal": "choice", "lossy": "lossy", "what-if": "what-if", "bound": "bound"}
-_SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross")
+SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross")
 _VARIANTS = ("", "-open", "-dot", "-open-dot")
 _GREY_SYMBOLS = (
     "hexagon-open",
@@ -29,6 +31,7 @@ _GREY_SYMBOLS = (
 )
 _GREY_DASHES = ("dash", "dot", "dashdot", "longdash", "longdashdot")
 _LABEL_COLUMNS = 20
+_LINE_PIXELS, _LEAST_PIXELS = 16, 34
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def looks_of(points: pd.DataFrame) -> list[Look]:
             elif kind in ("causal", "lossy"):
                 dash = "solid" if kind == "causal" else "dash"
                 variant = _VARIANTS[coloured // len(LOOKS) % len(_VARIANTS)]
-                symbol = _SYMBOLS[coloured % len(_SYMBOLS)] + variant
+                symbol = SYMBOLS[coloured % len(SYMBOLS)] + variant
                 found.append(Look(label, kind, LOOKS[coloured % len(LOOKS)][0], symbol, dash))
                 coloured += 1
             else:
@@ -79,6 +82,17 @@ def plain(text: object) -> str:
     return html.escape(str(text), quote=False)
 
 
-def wrapped(text: str) -> str:
-    """A label on several short lines, for an axis."""
-    return "<br>".join(plain(line) for line in textwrap.wrap(text, _LABEL_COLUMNS)) or "-"
+def wrapped(text: str, columns: int = _LABEL_COLUMNS) -> str:
+    """A label on several short lines, for an axis or a legend."""
+    return "<br>".join(plain(line) for line in _lines(text, columns)) or "-"
+
+
+def pitch_of(names: Sequence[str]) -> int:
+    """Pixels from one of these names to the next on an axis, so that no two touch."""
+    lines = [len(_lines(name, _LABEL_COLUMNS)) for name in names]
+    most = max([(one + other) / 2 for one, other in pairwise(lines)], default=1.0)
+    return max(_LEAST_PIXELS, round(most * _LINE_PIXELS) + 4)
+
+
+def _lines(text: str, columns: int) -> list[str]:
+    return textwrap.wrap(text, columns, break_on_hyphens=False)

@@ -49,6 +49,7 @@ class NaiveFigures(_Part):
     """The same point by the naive estimate."""
 
     tpot_ms: Gap
+    stall_ms: Gap | None = None
 
 
 class MeasuredPoint(_Part):
@@ -158,7 +159,11 @@ def errors_table(found: Validation) -> list[dict[str, str]]:
                 [point.figures.tpot_ms for point in points],
                 [point.naive.tpot_ms for point in points if point.naive is not None],
             ),
-            ("exposed stall", [point.figures.stall_ms for point in points], []),
+            (
+                "exposed stall",
+                [point.figures.stall_ms for point in points],
+                [point.naive.stall_ms for point in points if point.naive is not None],
+            ),
             ("time to first token (TTFT)", [point.figures.ttft_ms for point in points], []),
             ("bytes copied", [point.figures.bytes for point in points], []),
             ("peak GPU memory", [point.figures.memory_bytes for point in points], []),
@@ -177,8 +182,8 @@ def errors_table(found: Validation) -> list[dict[str, str]]:
     return rows
 
 
-def _sizes(prefix: str, gaps: Sequence[Gap]) -> dict[str, str]:
-    errors = [abs(gap.error) for gap in gaps if gap.error is not None]
+def _sizes(prefix: str, gaps: Sequence[Gap | None]) -> dict[str, str]:
+    errors = [abs(gap.error) for gap in gaps if gap is not None and gap.error is not None]
     if not errors:
         return {f"{prefix}median": "-", f"{prefix}worst": "-"}
     return {
@@ -211,7 +216,7 @@ def scatter_figure(found: Validation) -> go.Figure:
             x=[point.figures.tpot_ms.measured for point in naive],
             y=[point.naive.tpot_ms.predicted for point in naive if point.naive is not None],
             mode="markers",
-            name="naive: resident + bytes / bandwidth + c x misses",
+            name="naive estimate",
             marker={"symbol": "x-thin-open", "size": 7, "color": GREY, "line": {"width": 1.3}},
             hoverinfo="skip",
         )

@@ -17,6 +17,7 @@ from configs.errors import UserError
 from configs.files import write_atomically
 from sim.advice import Recommendation, recommend
 from sim.front import front, without_slivers
+from sim.ranking import pick_of
 from sim.report import facts, reproduce
 from sim.report.breakdown import breakdown_figure
 from sim.report.canvas import as_html
@@ -113,7 +114,7 @@ def render(results: Results, validation: Validation | None, popularity: Populari
         time_words=facts.time_words(results.points),
         panels=panels,
         first=first,
-        overview=[_overview(each) for each in advice.values()],
+        overview=[_overview(each, results) for each in advice.values()],
         fronts=_fronts(results),
         kinds={look.kind for look in looks},
         experts=_experts(popularity),
@@ -213,16 +214,20 @@ def _number(value: Any) -> float:
     return 0.0 if pd.isna(value) else float(value)
 
 
-def _overview(advice: Recommendation) -> list[str]:
-    """System, policy, budget, GPU memory and TPOT of the pick."""
-    if advice.policy is None or advice.gpu_memory_bytes is None or advice.tpot_ms is None:
-        return [advice.system, "nothing to recommend", "-", "-", "-"]
+def _overview(advice: Recommendation, results: Results) -> list[str]:
+    """System, policy, budget, GPU memory, TPOT, TTFT and hits of the pick."""
+    pick = pick_of(results.of_system(advice.system))
+    if pick is None:
+        return [advice.system, "nothing to recommend", *["-"] * 5]
+    rate = pick["decode.hit_rate"]
     return [
         advice.system,
-        advice.policy,
-        advice.budget or "-",
-        as_gib(advice.gpu_memory_bytes),
-        as_ms(advice.tpot_ms),
+        pick["label"],
+        pick["budget"],
+        as_gib(pick["memory.peak_bytes"]),
+        as_ms(pick["tpot_ms.mean"]),
+        as_ms(pick["ttft_ms.mean"]),
+        "-" if pd.isna(rate) else f"{as_percent(rate)} %",
     ]
 
 

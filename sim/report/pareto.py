@@ -12,7 +12,7 @@ from configs.figure_style import INK, LOOKS
 from sim.front import front, without_slivers
 from sim.ranking import pick_of
 from sim.report.canvas import FRONT, axis, layout, log_ms_axis, menu
-from sim.report.looks import Look, plain
+from sim.report.looks import SYMBOLS, Look, plain, wrapped
 from sim.selection import Row
 from sim.wording import as_gib, as_ms, as_percent
 
@@ -23,6 +23,7 @@ _HOVER = (
 )
 _MEMORY = "GPU memory, whole model (GiB)"
 _TPOT = "TPOT (ms a token, mean)"
+_LEGEND_COLUMNS, _MENU_COLUMNS = 34, 28
 _FIXED = 2  # traces that no menu hides: the front and the pick
 _DASHES = ("solid", "dash", "dot", "dashdot")
 
@@ -56,10 +57,10 @@ def fronts_figure(fronts: Sequence[tuple[str, pd.DataFrame]]) -> go.Figure:
         figure.add_scatter(
             x=_gib(line),
             y=line["tpot_ms.mean"].tolist(),
-            name=plain(name),
+            name=wrapped(name, _LEGEND_COLUMNS),
             mode="lines+markers",
             line={"color": colour, "dash": _DASHES[number // len(LOOKS) % len(_DASHES)]},
-            marker={"size": 8},
+            marker={"size": 9, "symbol": SYMBOLS[number % len(SYMBOLS)], "color": colour},
             customdata=[_told(row) for row in line.to_dict("records")],
             hovertemplate=f"{plain(name)}<br>{_HOVER}",
         )
@@ -105,11 +106,13 @@ def _policy(rows: pd.DataFrame, look: Look, on_front: set[Any]) -> go.Scatter:
     return go.Scatter(
         x=_gib(rows),
         y=rows["tpot_ms.mean"].tolist(),
-        name=plain(look.name),
+        name=wrapped(look.name, _LEGEND_COLUMNS),
         mode="lines+markers",
         line={"color": look.colour, "dash": look.dash, "width": 1.6},
         marker={
             "symbol": look.symbol,
+            "opacity": 1,
+            "color": look.colour,
             "size": [11 if name in on_front else 8 for name in rows.index],
             "line": {"width": 1.6 if look.symbol.endswith("-open") else 0.6, "color": look.colour},
         },
@@ -146,7 +149,7 @@ def _filters(looks: Sequence[Look]) -> list[tuple[str, dict[str, Any], dict[str,
         wanted.append(("choices only", choices))
         if bounds and len(choices | bounds) < len(looks):
             wanted.append(("choices and bounds", choices | bounds))
-    wanted += [(f"only {plain(look.name)}", {look.label}) for look in looks]
+    wanted += [(wrapped(f"only {look.name}", _MENU_COLUMNS), {look.label}) for look in looks]
     return [
         (name, {"visible": [True] * _FIXED + [look.label in shown for look in looks]}, {})
         for name, shown in wanted

@@ -40,7 +40,9 @@ def as_yaml(config: SweepConfig) -> str:
     ]
     first = ["trace", "geometry", "dtype", "hardware", "links", "budgets", "expert_budgets"]
     ordered = {name: given[name] for name in [*first, *given] if name in given}
-    text: str = yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=88)
+    text: str = yaml.safe_dump(
+        ordered, sort_keys=False, allow_unicode=True, width=88, default_flow_style=None
+    )
     return text
 
 
