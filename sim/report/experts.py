@@ -85,7 +85,11 @@ def experts_figure(found: Popularity) -> go.Figure:
             zmin=-_LOG_RANGE,
             zmax=_LOG_RANGE,
             colorbar={
-                "title": {"text": "accesses, times a uniform share", "side": "top"},
+                "title": {
+                    "text": "accesses, times a uniform share",
+                    "side": "top",
+                    "font": {"size": 13},
+                },
                 "orientation": "h",
                 "thickness": 10,
                 "y": -0.12,

@@ -49,7 +49,7 @@ def grid_figure(points: pd.DataFrame, looks: Sequence[Look]) -> go.Figure:
             ygap=2,
             hoverongaps=False,
             colorbar={
-                "title": {"text": "times the fastest choice", "side": "top"},
+                "title": {"text": "times the fastest choice", "side": "top", "font": {"size": 13}},
                 "orientation": "h",
                 "thickness": 10,
                 "y": 0,

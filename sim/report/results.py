@@ -16,6 +16,10 @@ from sim.ranking import rank_points
 from sim.selection import prepare, systems
 from sim.sweeps import CONFIG_FILE, PARQUET_FILE, SweepConfig, read_results
 
+_UNSHOWN = (
+    *("prefill.", "decode.cold.", "decode.steady.", "decode.hit_bytes", "itl_ms.", "e2el_ms."),
+    *("prefetch.", "quality.prefill.", "tpot_ms.p", "ttft_ms.p", "memory.s", "memory.w"),
+)
 _DIGEST = "trace digest"
 
 
@@ -74,8 +78,8 @@ def read(directory: Path) -> Results:
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory: name one that `moesim sweep` wrote")
     identity = _identity(directory / CONFIG_FILE, directory)
-    frame = read_results(directory)
-    points = prepare(frame)
+    frame = _needed(read_results(directory))
+    points = prepare(frame).copy()  # in one block a type: it is cut up often
     digests = set(frame["trace.digest"].dropna()) if "trace.digest" in frame else set()
     if digests - {identity[_DIGEST]}:
         raise UserError(
@@ -91,6 +95,11 @@ def read(directory: Path) -> Results:
         points=points,
         table_sha256=hashlib.sha256((directory / PARQUET_FILE).read_bytes()).hexdigest(),
     )
+
+
+def _needed(frame: pd.DataFrame) -> pd.DataFrame:
+    """Without the columns that no report shows, which are most."""
+    return frame[[name for name in frame if not str(name).startswith(_UNSHOWN)]].copy()
 
 
 def _identity(path: Path, directory: Path) -> dict[str, Any]:

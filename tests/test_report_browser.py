@@ -1,0 +1,188 @@
+"""A report in a browser: it opens, it filters, it fits narrow windows, and it fetches nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sim.report import write_report
+from tests.browser import chromium, chromium_path
+from tests.reported import HOSTILE, VALIDATION, edited, hostile, swept
+
+WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 400, "height": 800}
+FIXED = ["Pareto front of choices", "recommended"]
+DRAWN = "document.querySelectorAll('.plotly-graph-div .main-svg').length > 0"
+SEEN = """name => document.getElementById(name).data
+  .filter(trace => trace.visible === undefined || trace.visible === true)
+  .map(trace => trace.name)"""
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    chromium_path()
+    with chromium(tmp_path_factory.mktemp("profile"), viewport=WIDE) as context:
+        yield context
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of two systems, with names that a browser must not take for tags."""
+    folder = tmp_path_factory.mktemp("report")
+    results = edited(swept(folder / "swept"), folder / "edited", hostile)
+    return write_report(results, folder / "report.html", validations=[VALIDATION])[0]
+
+
+class Opened:
+    """A page with what it said and asked for."""
+
+    def __init__(self, browser: Any, path: Path, size: dict[str, int]) -> None:
+        self.page = browser.new_page()
+        self.page.set_viewport_size(size)
+        self.said: list[str] = []
+        self.asked: list[str] = []
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("dialog", lambda dialog: self.said.append(dialog.message))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(path.as_uri())
+        self.page.wait_for_function(DRAWN)
+
+    def seen(self, figure: str) -> list[str]:
+        """Names of the traces of a figure that are shown."""
+        return [str(name) for name in self.page.evaluate(SEEN, figure)]
+
+    def marks(self, figure: str) -> int:
+        """Marks that are drawn."""
+        return int(self.page.locator(f"#{figure} .scatterlayer .point").count())
+
+    def choose(self, figure: str, entry: str) -> None:
+        """An entry of the figure's menu, by mouse."""
+        self.page.locator(f"#{figure} .updatemenu-header").click()
+        self.page.locator(f"#{figure} .updatemenu-button", has_text=entry).first.click()
+
+
+@pytest.fixture
+def opened(browser: Any, report: Path) -> Iterator[Opened]:
+    shown = Opened(browser, report, WIDE)
+    yield shown
+    shown.page.close()
+
+
+@pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
+def test_it_opens_quietly_and_nothing_sticks_out(
+    browser: Any, report: Path, size: dict[str, int], tmp_path: Path
+) -> None:
+    shown = Opened(browser, report, size)
+    page = shown.page
+    for details in page.query_selector_all("details"):
+        details.evaluate("element => { element.open = true }")
+    width = page.evaluate("[document.documentElement.scrollWidth, document.body.scrollWidth]")
+    assert max(width) <= size["width"]
+    figures = page.locator(".plotly-graph-div")
+    assert figures.count() == 2 * 3 + 3
+    for number in range(figures.count()):
+        box = figures.nth(number).locator(".main-svg").first.bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= size["width"]
+        assert box["width"] > 0.85 * min(size["width"], 1080)
+    shot = tmp_path / "page.png"
+    page.screenshot(path=shot, full_page=True)
+    assert shown.said == []
+    assert shown.asked == [report.as_uri()]
+    assert page.evaluate("window.pwned") is None
+    print(f"{size['width']} px: {figures.count()} figures, {shot.stat().st_size} bytes of picture")
+    page.close()
+
+
+def test_the_menu_and_the_legend_filter_policies(opened: Opened) -> None:
+    everything, marks = opened.seen("pareto-1"), opened.marks("pareto-1")
+    assert everything[:2] == FIXED
+    assert len(everything) == 10
+    opened.choose("pareto-1", "choices only")
+    choices = opened.seen("pareto-1")
+    assert set(choices) < set(everything)
+    assert not [name for name in choices if ": " in name]
+    assert opened.marks("pareto-1") < marks
+    opened.choose("pareto-1", "only lru")
+    assert opened.seen("pareto-1") == [*FIXED, "lru"]
+    opened.choose("pareto-1", "all policies")
+    assert (opened.seen("pareto-1"), opened.marks("pareto-1")) == (everything, marks)
+    legend = opened.page.locator("#pareto-1 .legend .traces", has_text="lru")
+    legend.first.locator(".legendtoggle").click()
+    opened.page.wait_for_function(
+        "document.getElementById('pareto-1').data.some(each => each.visible === 'legendonly')"
+    )
+    left = set(everything) - set(opened.seen("pareto-1"))
+    assert len(left) == 1
+    assert opened.said == []
+
+
+def test_a_key_chooses_the_system(opened: Opened) -> None:
+    page = opened.page
+    first, second = page.locator("#pareto-1"), page.locator("#pareto-2")
+    assert (first.is_visible(), second.is_visible()) == (True, False)
+    page.locator("#system-1").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#system-2").is_checked()
+    assert (first.is_visible(), second.is_visible()) == (False, True)
+    shown = [panel.is_visible() for panel in page.locator(".panel-1, .panel-2").all()]
+    assert shown == [False, True] * 4
+    # Its figures were drawn while they were hidden, as wide as the others.
+    width = page.locator("#fronts .main-svg").first.bounding_box()["width"]
+    assert second.locator(".main-svg").first.bounding_box()["width"] == width
+
+
+def test_every_table_is_reached_by_keys(opened: Opened) -> None:
+    page = opened.page
+    names = []
+    for _ in range(200):
+        page.keyboard.press("Tab")
+        name = page.evaluate(
+            "document.activeElement.tagName + ' ' + (document.activeElement.textContent || '')"
+            ".trim().slice(0, 40)"
+        )
+        if name.startswith("BODY"):
+            break
+        names.append(name)
+        if name.startswith("SUMMARY"):
+            page.keyboard.press("Enter")
+    assert names[0].startswith("A Skip to the recommendation")
+    words = " ".join(names)
+    for heading in ("The pick on each system", "Fastest choice by budget", "All points by budget"):
+        assert heading in words
+    for heading in ("Parts of a decode step", "Popularity by MoE layer", "Error without sign"):
+        assert heading in words
+
+
+def test_a_mark_tells_what_it_is(opened: Opened) -> None:
+    page = opened.page
+    opened.choose("pareto-1", "only slru path=")
+    box = page.locator("#pareto-1 .scatterlayer .trace").last.locator(".point").last.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    text = page.locator("#pareto-1 .hoverlayer").text_content()
+    assert f"slru path={HOSTILE}" in text
+    for part in ("budget ", "TPOT ", "TTFT ", "hits ", "GPU memory ", " GiB"):
+        assert part in text
+
+
+def test_the_budget_of_the_bars_is_chosen(opened: Opened) -> None:
+    before = opened.page.evaluate("document.getElementById('breakdown-1').layout.yaxis")
+    opened.choose("breakdown-1", "budget 50 %")
+    after = opened.page.evaluate("document.getElementById('breakdown-1').layout.yaxis")
+    assert before["categoryarray"] != after["categoryarray"]
+
+
+def test_a_window_that_is_made_wide_again_is_as_before(browser: Any, report: Path) -> None:
+    """The legend must not lie on the marks when a narrow window becomes wide."""
+    shown = Opened(browser, report, NARROW)
+    shown.page.set_viewport_size(WIDE)
+    shown.page.wait_for_function(
+        "document.querySelector('#pareto-1 .main-svg').getBoundingClientRect().width > 900"
+    )
+    legend = shown.page.locator("#pareto-1 .legend .bg").bounding_box()
+    axis = shown.page.locator("#pareto-1 .xtitle").bounding_box()
+    assert legend["y"] >= axis["y"] + axis["height"] - 1
+    shown.page.close()
