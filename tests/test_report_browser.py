@@ -40,6 +40,7 @@ class Opened:
 
     def __init__(self, browser: Any, path: Path, size: dict[str, int]) -> None:
         self.page = browser.new_page()
+        self.page.set_default_timeout(10_000)
         self.page.set_viewport_size(size)
         self.said: list[str] = []
         self.asked: list[str] = []
@@ -49,6 +50,10 @@ class Opened:
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.page.goto(path.as_uri())
         self.page.wait_for_function(DRAWN)
+
+    def show_system(self, number: int) -> None:
+        """By the bar above."""
+        self.page.locator(f"#system-{number}").check(force=True)
 
     def seen(self, figure: str) -> list[str]:
         """Names of the traces of a figure that are shown."""
@@ -61,21 +66,17 @@ class Opened:
     def choose(self, figure: str, entry: str) -> None:
         """An entry of the figure's menu, by mouse."""
         self.page.locator(f"#{figure} .updatemenu-header").click()
-        self.page.locator(f"#{figure} .updatemenu-button", has_text=entry).first.click()
+        self.page.locator(f"#{figure} .updatemenu-dropdown-button", has_text=entry).first.click()
 
 
-@pytest.fixture
-def opened(browser: Any, report: Path) -> Iterator[Opened]:
-    shown = Opened(browser, report, WIDE)
-    yield shown
-    shown.page.close()
+@pytest.fixture(scope="module")
+def opened(browser: Any, report: Path) -> Opened:
+    """One page for all tests, since it takes seconds to open: each begins by choosing."""
+    return Opened(browser, report, WIDE)
 
 
-@pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
-def test_it_opens_quietly_and_nothing_sticks_out(
-    browser: Any, report: Path, size: dict[str, int], tmp_path: Path
-) -> None:
-    shown = Opened(browser, report, size)
+def check_page(shown: Opened, report: Path, size: dict[str, int], shot: Path) -> None:
+    """No errors, no requests, nothing wider than the window; a picture is taken."""
     page = shown.page
     for details in page.query_selector_all("details"):
         details.evaluate("element => { element.open = true }")
@@ -88,16 +89,22 @@ def test_it_opens_quietly_and_nothing_sticks_out(
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= size["width"]
         assert box["width"] > 0.85 * min(size["width"], 1080)
-    shot = tmp_path / "page.png"
     page.screenshot(path=shot, full_page=True)
     assert shown.said == []
     assert shown.asked == [report.as_uri()]
     assert page.evaluate("window.pwned") is None
     print(f"{size['width']} px: {figures.count()} figures, {shot.stat().st_size} bytes of picture")
-    page.close()
+
+
+def test_it_opens_quietly_and_nothing_sticks_out(
+    opened: Opened, report: Path, tmp_path: Path
+) -> None:
+    check_page(opened, report, WIDE, tmp_path / "wide.png")
 
 
 def test_the_menu_and_the_legend_filter_policies(opened: Opened) -> None:
+    opened.show_system(1)
+    opened.choose("pareto-1", "all policies")
     everything, marks = opened.seen("pareto-1"), opened.marks("pareto-1")
     assert everything[:2] == FIXED
     assert len(everything) == 10
@@ -123,6 +130,7 @@ def test_the_menu_and_the_legend_filter_policies(opened: Opened) -> None:
 def test_a_key_chooses_the_system(opened: Opened) -> None:
     page = opened.page
     first, second = page.locator("#pareto-1"), page.locator("#pareto-2")
+    opened.show_system(1)
     assert (first.is_visible(), second.is_visible()) == (True, False)
     page.locator("#system-1").focus()
     page.keyboard.press("ArrowRight")
@@ -137,6 +145,9 @@ def test_a_key_chooses_the_system(opened: Opened) -> None:
 
 def test_every_table_is_reached_by_keys(opened: Opened) -> None:
     page = opened.page
+    page.evaluate("document.querySelectorAll('details').forEach(each => { each.open = false })")
+    page.evaluate("document.activeElement.blur()")
+    page.mouse.click(2, 2)
     names = []
     for _ in range(200):
         page.keyboard.press("Tab")
@@ -159,6 +170,7 @@ def test_every_table_is_reached_by_keys(opened: Opened) -> None:
 
 def test_a_mark_tells_what_it_is(opened: Opened) -> None:
     page = opened.page
+    opened.show_system(1)
     opened.choose("pareto-1", "only slru path=")
     box = page.locator("#pareto-1 .scatterlayer .trace").last.locator(".point").last.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
@@ -169,15 +181,19 @@ def test_a_mark_tells_what_it_is(opened: Opened) -> None:
 
 
 def test_the_budget_of_the_bars_is_chosen(opened: Opened) -> None:
+    opened.show_system(1)
     before = opened.page.evaluate("document.getElementById('breakdown-1').layout.yaxis")
     opened.choose("breakdown-1", "budget 50 %")
     after = opened.page.evaluate("document.getElementById('breakdown-1').layout.yaxis")
     assert before["categoryarray"] != after["categoryarray"]
 
 
-def test_a_window_that_is_made_wide_again_is_as_before(browser: Any, report: Path) -> None:
-    """The legend must not lie on the marks when a narrow window becomes wide."""
+def test_a_narrow_window_and_one_that_becomes_wide(
+    browser: Any, report: Path, tmp_path: Path
+) -> None:
+    """The legend must not come to lie on the marks."""
     shown = Opened(browser, report, NARROW)
+    check_page(shown, report, NARROW, tmp_path / "narrow.png")
     shown.page.set_viewport_size(WIDE)
     shown.page.wait_for_function(
         "document.querySelector('#pareto-1 .main-svg').getBoundingClientRect().width > 900"
