@@ -17,7 +17,7 @@ from tests.trace_event_format import SCHEMA, problems_of, read_strictly
 from tracer.trace import Trace
 
 VALIDATIONS = Path(__file__).resolve().parents[1] / "validation" / "h200"
-KINDS = ["lru", "next-gate", "hobbit", "hybrid-split", "layer-stream"]
+KINDS = ["next-gate", "hobbit", "hybrid-split", "layer-stream"]
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +25,13 @@ def written() -> Any:
     """A timeline's begin: enough to go wrong in every way, and quick to check."""
     trace = timeline("next-gate")
     events = trace["traceEvents"]
-    begin = [event for event in events if event["ph"] == "M" or event["ts"] < 2000]
-    assert 20 < len(begin) < 100
+    begin = [event for event in events if event["ph"] == "M" or event["ts"] < 10_000]
+    assert 20 < len(begin) < 400
     return {**trace, "traceEvents": begin}
 
 
 def timeline(policy: str) -> Any:
-    """Three decode steps on the shipped trace, as the command writes them."""
+    """Two decode steps on the shipped trace, as the command writes them."""
     point = Point(
         policy=policy,
         hardware="laptop-pcie4x8",
@@ -40,7 +40,7 @@ def timeline(policy: str) -> Any:
         max_tokens=60,
     )
     inputs = inputs_for(Trace.open("sample"), point)
-    stretch = simulate_stretch(inputs, point, (2, 4))
+    stretch = simulate_stretch(inputs, point, (2, 3))
     return read_strictly(json.dumps(stretch.chrome_trace()))
 
 
@@ -58,7 +58,7 @@ def test_simulated_timelines_are_of_the_format(policy: str) -> None:
     # Microseconds: the host is busy or waiting all the time, and a step of decoding takes some ms.
     spans = [event for event in trace["traceEvents"] if event["ph"] == "X" and event["tid"] == 1]
     total_ms = sum(event["dur"] for event in spans) / 1e3
-    assert 3 * 10 < total_ms < 3 * 2000
+    assert 2 * 10 < total_ms < 2 * 2000
 
 
 @pytest.mark.parametrize("name", ["locked-gpt-oss", "locked-olmoe", "locked-qwen"])
