@@ -408,6 +408,7 @@ def test_what_is_wrong_is_one_line(results: Path, tmp_path: Path, moesim: Any) -
     refused("is a directory: name a file", results, "--out", tmp_path / "empty")
     refused("report.json is not there", results, "--validation", tmp_path / "empty")
     refused("report.json is not there", results, "--validation", VALIDATION.parent / "locked")
+    refused("is of another version", results, "--validation", VALIDATION.parent / "olmoe-dev")
     twice = ("--validation", VALIDATION, "--validation", VALIDATION / ".." / VALIDATION.name)
     refused("named twice", results, *twice)
     qwen = VALIDATION.parent / "locked-qwen"

@@ -136,6 +136,9 @@ def test_a_key_chooses_the_system(opened: Opened) -> None:
     page.keyboard.press("ArrowRight")
     assert page.locator("#system-2").is_checked()
     assert (first.is_visible(), second.is_visible()) == (False, True)
+    links = "[...document.querySelectorAll('a[href]')].map(each => each.getAttribute('href'))"
+    assert all(link.startswith("#") for link in page.evaluate(links))
+    assert page.locator("#pareto-1 .modebar-btn").count() == 4
     shown = [panel.is_visible() for panel in page.locator(".panel-1, .panel-2").all()]
     assert shown == [False, True] * 4
     # Its figures were drawn while they were hidden, as wide as the others.

@@ -16,7 +16,8 @@ _FONT = {"family": "system-ui, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif", "
 _CONFIG = {
     "displaylogo": False,
     "responsive": True,
-    "modeBarButtonsToRemove": ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"],
+    # Named one by one: the default has a button that leads to a web site.
+    "modeBarButtons": [["zoom2d", "pan2d", "resetScale2d", "toImage"]],
 }
 Menu = dict[str, Any]
 

@@ -138,6 +138,11 @@ def _read(folder: Path, results: Results) -> Measured:
             f"--validation: {path} is cut off or edited: restore it, or run `moesim validate "
             "--report-only` there"
         ) from None
+    if isinstance(data, dict) and "points" in data and "runs" not in data:
+        raise UserError(
+            f"--validation: {path} is of another version: `moesim validate` of this one makes it "
+            "anew"
+        )
     report = validated(Measured, data, f"--validation: {path}")
     swept = sorted(set(results.points["geometry"]))
     if report.plan.geometry not in swept:
