@@ -14,7 +14,7 @@ from tests.reported import HOSTILE, VALIDATION, edited, hostile, swept
 
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 400, "height": 800}
 FIXED = ["Pareto front of choices", "recommended"]
-DRAWN = "document.querySelectorAll('.plotly-graph-div .main-svg').length > 0"
+DRAWN = "name => document.querySelector(`#${name} .main-svg`) !== null"
 SEEN = """name => document.getElementById(name).data
   .filter(trace => trace.visible === undefined || trace.visible === true)
   .map(trace => trace.name)"""
@@ -49,11 +49,16 @@ class Opened:
         self.page.on("dialog", lambda dialog: self.said.append(dialog.message))
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.page.goto(path.as_uri())
-        self.page.wait_for_function(DRAWN)
+
+    def scroll_to(self, figure: str) -> None:
+        """Figures are drawn when they are first seen."""
+        self.page.locator(f"#{figure}").scroll_into_view_if_needed()
+        self.page.wait_for_function(DRAWN, arg=figure)
 
     def show_system(self, number: int) -> None:
-        """By the bar above."""
+        """By the bar above; then scroll to its front."""
         self.page.locator(f"#system-{number}").check(force=True)
+        self.scroll_to(f"pareto-{number}")
 
     def seen(self, figure: str) -> list[str]:
         """Names of the traces of a figure that are shown."""
@@ -65,6 +70,7 @@ class Opened:
 
     def choose(self, figure: str, entry: str) -> None:
         """An entry of the figure's menu, by mouse."""
+        self.scroll_to(figure)
         self.page.locator(f"#{figure} .updatemenu-header").click()
         self.page.locator(f"#{figure} .updatemenu-dropdown-button", has_text=entry).first.click()
 
@@ -80,20 +86,26 @@ def check_page(shown: Opened, report: Path, size: dict[str, int], shot: Path) ->
     page = shown.page
     for details in page.query_selector_all("details"):
         details.evaluate("element => { element.open = true }")
-    width = page.evaluate("[document.documentElement.scrollWidth, document.body.scrollWidth]")
-    assert max(width) <= size["width"]
-    figures = page.locator(".plotly-graph-div")
-    assert figures.count() == 2 * 3 + 3
-    for number in range(figures.count()):
-        box = figures.nth(number).locator(".main-svg").first.bounding_box()
+    names = page.evaluate("[...document.querySelectorAll('.figure')].map(each => each.id)")
+    assert len(names) == 2 * 3 + 3
+    assert page.locator(".main-svg").count() == 0  # the page is there before its figures
+    for name in names:
+        if name.endswith("-2"):
+            shown.show_system(2)
+        elif name.endswith("-1"):
+            shown.show_system(1)
+        shown.scroll_to(name)
+        box = page.locator(f"#{name} .main-svg").first.bounding_box()
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= size["width"]
         assert box["width"] > 0.85 * min(size["width"], 1080)
+    width = page.evaluate("[document.documentElement.scrollWidth, document.body.scrollWidth]")
+    assert max(width) <= size["width"]
     page.screenshot(path=shot, full_page=True)
     assert shown.said == []
     assert shown.asked == [report.as_uri()]
     assert page.evaluate("window.pwned") is None
-    print(f"{size['width']} px: {figures.count()} figures, {shot.stat().st_size} bytes of picture")
+    print(f"{size['width']} px: {len(names)} figures, {shot.stat().st_size} bytes of picture")
 
 
 def test_it_opens_quietly_and_nothing_sticks_out(
@@ -141,7 +153,8 @@ def test_a_key_chooses_the_system(opened: Opened) -> None:
     assert page.locator("#pareto-1 .modebar-btn").count() == 4
     shown = [panel.is_visible() for panel in page.locator(".panel-1, .panel-2").all()]
     assert shown == [False, True] * 4
-    # Its figures were drawn while they were hidden, as wide as the others.
+    for name in ("fronts", "pareto-2"):
+        opened.scroll_to(name)
     width = page.locator("#fronts .main-svg").first.bounding_box()["width"]
     assert second.locator(".main-svg").first.bounding_box()["width"] == width
 
@@ -185,6 +198,7 @@ def test_a_mark_tells_what_it_is(opened: Opened) -> None:
 
 def test_the_budget_of_the_bars_is_chosen(opened: Opened) -> None:
     opened.show_system(1)
+    opened.scroll_to("breakdown-1")
     before = opened.page.evaluate("document.getElementById('breakdown-1').layout.yaxis")
     opened.choose("breakdown-1", "budget 50 %")
     after = opened.page.evaluate("document.getElementById('breakdown-1').layout.yaxis")
@@ -197,6 +211,7 @@ def test_a_narrow_window_and_one_that_becomes_wide(
     """The legend must not come to lie on the marks."""
     shown = Opened(browser, report, NARROW)
     check_page(shown, report, NARROW, tmp_path / "narrow.png")
+    shown.show_system(1)
     shown.page.set_viewport_size(WIDE)
     shown.page.wait_for_function(
         "document.querySelector('#pareto-1 .main-svg').getBoundingClientRect().width > 900"

@@ -138,9 +138,9 @@ def _panel(
         number=number,
         name=name,
         advice=[line.strip() for line in lines],
-        pareto=Markup(as_html(pareto_figure(points, looks), f"pareto-{number}")),
-        grid=Markup(as_html(grid_figure(points, looks), f"ranking-{number}")),
-        breakdown=Markup(as_html(breakdown_figure(points, looks), f"breakdown-{number}")),
+        pareto=as_html(pareto_figure(points, looks), f"pareto-{number}"),
+        grid=as_html(grid_figure(points, looks), f"ranking-{number}"),
+        breakdown=as_html(breakdown_figure(points, looks), f"breakdown-{number}"),
         winner_cells=_winners(points, ranked),
         ranking=[_ranking_row(row) for row in ranked.to_dict("records")],
         reference=str(ranked["faster_than"].iloc[0]),
@@ -236,7 +236,7 @@ def _fronts(results: Results) -> Markup | None:
         return None
     lines = [(name, without_slivers(front(results.of_system(name)))) for name in results.systems]
     drawn = [(name, line) for name, line in lines if not line.empty]
-    return Markup(as_html(fronts_figure(drawn), "fronts")) if drawn else None
+    return as_html(fronts_figure(drawn), "fronts") if drawn else None
 
 
 def _experts(found: Popularity | str) -> dict[str, Any]:
@@ -248,7 +248,7 @@ def _experts(found: Popularity | str) -> dict[str, Any]:
     return {
         "missing": None,
         "subject": found.subject,
-        "figure": Markup(as_html(experts_figure(found), "experts")),
+        "figure": as_html(experts_figure(found), "experts"),
         "layers": [_layer_row(row) for row in layers],
         "alt": f"Most skewed is layer {most['layer']}, whose most popular quarter of experts gets "
         f"{most['quarter'] * 100:.0f} % of the accesses; least is layer {least['layer']} with "
@@ -268,7 +268,7 @@ def _validation(found: Validation | None, results: Results) -> dict[str, Any] | 
     measured = set(found.hardware)
     return {
         "reports": found.reports,
-        "figure": Markup(as_html(scatter_figure(found), "measured")),
+        "figure": as_html(scatter_figure(found), "measured"),
         "errors": [[*row.values()] for row in errors_table(found)],
         "points": points_table(found),
         "unmeasured": sorted(swept - measured),
