@@ -252,7 +252,8 @@ def test_the_grid_and_the_bars_show_the_times(loaded: Results) -> None:
         if own.empty:
             assert grid.z[row][column] is None
             continue
-        rivals = points[(points["kind"] == "causal") & points["memory.fits"]]
+        usable = points["memory.fits"] & ~points["saturated"]
+        rivals = points[(points["kind"] == "causal") & usable]
         rivals = rivals[rivals["expert_budget_bytes"] == own["expert_budget_bytes"].iloc[0]]
         tpot = own["tpot_ms.mean"].iloc[0]
         assert grid.z[row][column] == pytest.approx(tpot / rivals["tpot_ms.mean"].min())

@@ -159,6 +159,21 @@ def test_a_key_chooses_the_system(opened: Opened) -> None:
     assert second.locator(".main-svg").first.bounding_box()["width"] == width
 
 
+def test_many_systems_are_a_list(browser: Any, tmp_path: Path) -> None:
+    links = tuple(f"{rate}GB/s" for rate in range(10, 16))
+    fields = {"hardware": ("laptop-pcie4x8",), "policies": ("lru",), "links": links}
+    path = write_report(swept(tmp_path / "swept", **fields))[0]
+    shown = Opened(browser, path, NARROW)
+    page = shown.page
+    assert [panel.is_visible() for panel in page.locator("#pareto .panel").all()].index(True) == 2
+    page.locator("#system").select_option("laptop-pcie4x8, 15 GB/s")
+    shown.scroll_to("pareto-6")
+    assert [panel.is_visible() for panel in page.locator("#pareto .panel").all()].index(True) == 5
+    assert page.evaluate("document.documentElement.scrollWidth") <= NARROW["width"]
+    assert shown.said == []
+    page.close()
+
+
 def test_every_table_is_reached_by_keys(opened: Opened) -> None:
     page = opened.page
     page.evaluate("document.querySelectorAll('details').forEach(each => { each.open = false })")

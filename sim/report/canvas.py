@@ -91,11 +91,14 @@ def layout(height: int, **more: Any) -> dict[str, Any]:
     return base | more
 
 
-def as_html(figure: go.Figure, name: str) -> Markup:
-    """A place of this name for the figure, and the figure as JSON; the page draws it when seen."""
+def as_html(figure: go.Figure, name: str, least_width: int = 0) -> Markup:
+    """A place of this name for the figure, and the figure as JSON; the page draws it when seen.
+
+    In a window narrower than ``least_width`` pixels it is scrolled sideways.
+    """
     drawn = {**json.loads(figure.to_json()), "config": _CONFIG}
     text = json.dumps(drawn, separators=(",", ":")).replace("<", "\\u003c")
-    height = figure.layout.height
-    place = Markup('<div class="figure" id="{}" style="height:{}px"></div>').format(name, height)
+    style = f"height:{figure.layout.height}px;min-width:{least_width}px"
+    place = Markup('<div class="figure" id="{}" style="{}"></div>').format(name, style)
     data = Markup('<script type="application/json" id="{}-figure">{}</script>')
     return place + data.format(name, Markup(text))

@@ -12,6 +12,7 @@ from sim.report.results import Results
 from sim.selection import link_name
 from sim.wording import as_gib
 
+_MOST_NAMED = 3
 _KIND_WORDS = {
     "causal": "Choices",
     "lossy": "Lossy (they change what the model says)",
@@ -32,7 +33,8 @@ def question_of(results: Results) -> str:
     """One sentence."""
     points = results.points
     total = as_gib(points["memory.expert_bytes_total"].iloc[0])
-    hardware = " or ".join(dict.fromkeys(points["hardware"]))
+    names = list(dict.fromkeys(points["hardware"]))
+    hardware = " or ".join(names) if len(names) <= _MOST_NAMED else f"{len(names)} machines"
     return (
         f"{points['geometry'].iloc[0]} has {total} of experts ({points['expert_dtype'].iloc[0]}). "
         f"On {hardware}: which expert caching or prefetching policy, at which GPU memory budget, "
@@ -77,16 +79,19 @@ def _routing(results: Results) -> list[str]:
     lines = [f"{results.config.trace}{model}, digest {results.trace_digest:.8}"]
     if "tokens.decode" in points:
         lines.append(
-            f"judged on {int(first['trace.judged_requests'])} requests: "
+            f"judged on {_counted(int(first['trace.judged_requests']), 'request')}: "
             f"{int(first['tokens.prefill']):,} prefill and {int(first['tokens.decode']):,} decode "
             "tokens"
         )
         if first["trace.fitted_requests"]:
-            lines.append(
-                f"{int(first['trace.fitted_requests'])} requests set aside for policies that learn "
-                f"({first['trace.set_aside_for']})"
-            )
+            aside = _counted(int(first["trace.fitted_requests"]), "request")
+            why = first["trace.set_aside_for"]
+            lines.append(f"{aside} set aside for policies that learn ({why})")
     return lines
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _model(points: pd.DataFrame) -> list[str]:

@@ -11,6 +11,7 @@ from configs.figure_style import INK
 from sim.ranking import TIE_MARGIN, by_budget
 from sim.report.canvas import axis, layout
 from sim.report.looks import Look, pitch_of, plain, wrapped
+from sim.selection import choices
 from sim.wording import three_figures
 
 _SLOWEST = 4  # times the fastest choice, from which on the colour is the same
@@ -77,13 +78,15 @@ def _cell(group: pd.DataFrame, look: Look) -> tuple[float | None, str, str]:
     if own.empty:
         return None, "", ""
     row = own.iloc[0]
-    fitting = group[(group["kind"] == "causal") & group["memory.fits"]]
-    fastest = float((group if fitting.empty else fitting)["tpot_ms.mean"].min())
+    fitting = choices(group)
+    causal = group[group["kind"] == "causal"]
+    rivals = next(rows for rows in (fitting, causal, group) if not rows.empty)
+    fastest = float(rivals["tpot_ms.mean"].min())
     ratio = float(row["tpot_ms.mean"]) / fastest
     text = three_figures(row["tpot_ms.mean"])
     words = f"{plain(look.name)}<br>budget {plain(row['budget'])}: {text} ms a token"
     if not row["memory.fits"]:
         return ratio, f"({text})", f"{words}<br>does not fit the GPU"
-    if look.kind == "causal" and ratio <= 1 + TIE_MARGIN:
+    if row.name in fitting.index and ratio <= 1 + TIE_MARGIN:
         return ratio, f"<b>{text}</b>", f"{words}<br>fastest, or within 2 % of it"
     return ratio, text, f"{words}<br>{ratio:.2f} times the fastest choice"

@@ -22,13 +22,10 @@ KINDS = ("causal", "lossy", "what-if", "bound")
 KIND_NAMES = {"causal": "choice", "lossy": "lossy", "what-if": "what-if", "bound": "bound"}
 SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross")
 _VARIANTS = ("", "-open", "-dot", "-open-dot")
-_GREY_SYMBOLS = (
-    "hexagon-open",
-    "star-square-open",
-    "bowtie-open",
-    "hourglass-open",
-    "pentagon-open",
-)
+_GREY_SYMBOLS = {
+    "what-if": ("pentagon-open", "octagon-open", "star-triangle-up-open"),
+    "bound": ("hexagon-open", "star-square-open", "bowtie-open", "hourglass-open"),
+}
 _GREY_DASHES = ("dash", "dot", "dashdot", "longdash", "longdashdot")
 _LABEL_COLUMNS = 20
 _LINE_PIXELS, _LEAST_PIXELS = 16, 34
@@ -70,9 +67,9 @@ def looks_of(points: pd.DataFrame) -> list[Look]:
                 found.append(Look(label, kind, LOOKS[coloured % len(LOOKS)][0], symbol, dash))
                 coloured += 1
             else:
-                place = number + (len(_GREY_SYMBOLS) // 2 if kind == "what-if" else 0)
-                symbol = _GREY_SYMBOLS[place % len(_GREY_SYMBOLS)]
-                dash = _GREY_DASHES[place % len(_GREY_DASHES)]
+                symbols = _GREY_SYMBOLS[kind]
+                symbol = symbols[number % len(symbols)]
+                dash = _GREY_DASHES[number % len(_GREY_DASHES)]
                 found.append(Look(label, kind, GREY, symbol, dash))
     return found
 

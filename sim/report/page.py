@@ -38,6 +38,8 @@ from sim.tables import winner_row, winner_runs
 from sim.wording import as_gib, as_ms, as_percent, gib_figure, three_figures
 
 REPORT_FILE = "report.html"
+_MOST_CHIPS = 5  # systems that are shown side by side; more are a list
+_NAME_PIXELS, _CELL_PIXELS = 150, 44  # least of the ranking's grid
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ def render(results: Results, validation: Validation | None, popularity: Populari
         time_words=facts.time_words(results.points),
         panels=panels,
         first=first,
+        most_chips=_MOST_CHIPS,
         overview=[_overview(each, results) for each in advice.values()],
         fronts=_fronts(results),
         kinds={look.kind for look in looks},
@@ -139,7 +142,7 @@ def _panel(
         name=name,
         advice=[line.strip() for line in lines],
         pareto=as_html(pareto_figure(points, looks), f"pareto-{number}"),
-        grid=as_html(grid_figure(points, looks), f"ranking-{number}"),
+        grid=_grid(points, looks, number),
         breakdown=as_html(breakdown_figure(points, looks), f"breakdown-{number}"),
         winner_cells=_winners(points, ranked),
         ranking=[_ranking_row(row) for row in ranked.to_dict("records")],
@@ -147,6 +150,12 @@ def _panel(
         parts=_parts(points),
         alt=_front_words(points),
     )
+
+
+def _grid(points: pd.DataFrame, looks: Sequence[Look], number: int) -> Markup:
+    figure = grid_figure(points, looks)
+    width = _NAME_PIXELS + _CELL_PIXELS * len(figure.data[0].x)
+    return as_html(figure, f"ranking-{number}", least_width=width)
 
 
 def _front_words(points: pd.DataFrame) -> str:
