@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -363,8 +364,10 @@ def test_the_page_reproduces_the_sweep(loaded: Results, page: Page, tmp_path: Pa
         "name": "oracle-prefetch",
         "set": {"cache": "belady"},
     }
-    for digest in (loaded.trace_digest, loaded.table_sha256):
+    measured = hashlib.sha256((VALIDATION / "report.json").read_bytes()).hexdigest()
+    for digest in (loaded.trace_digest, loaded.table_sha256, measured):
         assert digest in page.words
+    assert f"moesim report results --validation {VALIDATION}" in page.words
 
 
 def test_the_command_of_the_pick_gives_its_time(loaded: Results, moesim: Any) -> None:

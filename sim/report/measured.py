@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,11 +100,20 @@ class Validation:
     """Validations of the swept geometry, read as one."""
 
     reports: tuple[Measured, ...]
+    folders: tuple[Path, ...]
 
     @property
     def points(self) -> list[MeasuredPoint]:
         """Of all reports."""
         return [point for report in self.reports for point in report.points]
+
+    @property
+    def digests(self) -> list[tuple[str, str]]:
+        """Name and SHA-256 of each report."""
+        return [
+            (report.plan.name, hashlib.sha256((folder / REPORT_FILE).read_bytes()).hexdigest())
+            for report, folder in zip(self.reports, self.folders, strict=True)
+        ]
 
     @property
     def hardware(self) -> list[str]:
@@ -122,7 +132,7 @@ def read_validations(folders: Sequence[Path], results: Results) -> Validation | 
     resolved = [folder.resolve() for folder in folders]
     if len(set(resolved)) < len(resolved):
         raise UserError("--validation: a directory is named twice: its points would count twice")
-    return Validation(tuple(_read(folder, results) for folder in folders))
+    return Validation(tuple(_read(folder, results) for folder in folders), tuple(folders))
 
 
 def _read(folder: Path, results: Results) -> Measured:

@@ -123,12 +123,21 @@ def render(results: Results, validation: Validation | None, popularity: Populari
         experts=_experts(popularity),
         validation=_validation(validation, results),
         config=reproduce.as_yaml(results.config),
-        commands=reproduce.commands_of(results),
-        versions=[*reproduce.versions_of(results), ("drawn with", f"plotly {plotly.__version__}")],
+        commands=reproduce.commands_of(results, () if validation is None else validation.folders),
+        versions=_versions(results, validation),
         identity=reproduce.identity_text(results),
         identity_file=reproduce.IDENTITY_FILE,
         plotlyjs=Markup(get_plotlyjs()),
     )
+
+
+def _versions(results: Results, validation: Validation | None) -> list[tuple[str, str]]:
+    measured = [] if validation is None else validation.digests
+    return [
+        *reproduce.versions_of(results),
+        *((f"validation {name} (SHA-256)", digest) for name, digest in measured),
+        ("drawn with", f"plotly {plotly.__version__}"),
+    ]
 
 
 def _panel(

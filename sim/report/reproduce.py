@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -46,11 +48,12 @@ def as_yaml(config: SweepConfig) -> str:
     return text
 
 
-def commands_of(results: Results) -> list[tuple[str, str]]:
+def commands_of(results: Results, validations: Sequence[Path] = ()) -> list[tuple[str, str]]:
     """What each command line does, and the line."""
+    measured = [word for folder in validations for word in ("--validation", str(folder))]
     lines = [
         ("all points of this page", "moesim sweep sweep.yaml --out results"),
-        ("this page", "moesim report results"),
+        ("this page", shlex.join(["moesim", "report", "results", *measured])),
     ]
     for name in results.systems:
         pick = pick_of(results.of_system(name))
