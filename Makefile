@@ -24,7 +24,7 @@ install: .venv/.light
 # torch by its pinned version first: the constraint chooses the build that was tested.
 .venv/.full: .venv/.light
 	$(PIP) torch==2.13.0
-	$(PIP) -e '.[gpu,dev]'
+	$(PIP) -e '.[gpu,report,dev]'
 	touch $@
 
 demo: .venv/.light

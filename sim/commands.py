@@ -1,4 +1,4 @@
-"""`moesim policies`, `simulate`, `timeline`, `sweep`, `plot` and `compare`."""
+"""`moesim policies`, `simulate`, `timeline`, `sweep`, `plot`, `report` and `compare`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from configs.errors import UserError
 from configs.units import format_bytes
-from sim import commands_compare, commands_timeline
+from sim import commands_compare, commands_report, commands_timeline
 from sim.options import (
     BudgetOption,
     DtypeOption,
@@ -45,6 +45,7 @@ def register(app: typer.Typer) -> None:
     commands_timeline.register(app)
     app.command("sweep")(sweep_command)
     app.command("plot")(plot_command)
+    commands_report.register(app)
     commands_compare.register(app)
 
 

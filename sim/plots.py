@@ -28,7 +28,7 @@ from matplotlib.ticker import (
 
 from configs.figure_style import GREY, INK, LOOKS, PALE, STYLE, save_figure
 from sim.front import front, without_slivers
-from sim.ranking import pick_of
+from sim.ranking import labels_by_speed, pick_of
 from sim.selection import (
     BASELINE,
     RESIDENT,
@@ -58,7 +58,7 @@ _WIDTH_INCHES = 10.5
 _SAMPLE_INCHES, _LETTER_INCHES = 0.65, 0.07  # of a legend entry, generous
 _HEAD_INCHES, _FOOT_INCHES, _LEGEND_ROW_INCHES = 0.55, 0.22, 0.18
 _LONGEST_NOTE = 90
-_PARTS = (
+PARTS = (
     ("host", "host", "#999999", ""),
     ("segments", "attention, norms, gates", "#0072B2", ""),
     ("experts", "experts", "#56B4E9", ""),
@@ -156,7 +156,7 @@ def _cast(points: pd.DataFrame) -> _Cast:
     The same for all figures of a sweep, so that a policy keeps its colour.
     """
     contested = points[points["policy"] != RESIDENT]
-    scores = _scores(contested)
+    scores = labels_by_speed(contested)
     kinds = contested.groupby("label")["kind"].first()
     causal = [label for label in scores if kinds[label] == "causal" and label != BASELINE]
     shown = causal[: len(LOOKS)]
@@ -167,15 +167,6 @@ def _cast(points: pd.DataFrame) -> _Cast:
             label for label in scores if kinds[label] != "bound" and label not in (*shown, BASELINE)
         ),
     )
-
-
-def _scores(points: pd.DataFrame) -> list[str]:
-    """Labels from fast to slow: mean logarithm of TPOT over the least at each budget and link."""
-    tpot = points["tpot_ms.mean"]
-    best = tpot.groupby([points["system"], points["expert_budget_bytes"]]).transform("min")
-    distance = np.log(tpot / best)
-    table = pd.DataFrame({"label": points["label"], "distance": distance}).groupby("label").mean()
-    return [str(label) for label in table.sort_values("distance", kind="stable").index]
 
 
 def _pick_bounds(points: pd.DataFrame, scores: Sequence[str]) -> dict[str, Any]:
@@ -474,7 +465,7 @@ def _breakdown_figure(points: pd.DataFrame) -> Figure:
 def _bars(axes: Axes, rows: pd.DataFrame) -> None:
     places = np.arange(len(rows))
     left = np.zeros(len(rows))
-    for name, label, colour, hatch in _PARTS:
+    for name, label, colour, hatch in PARTS:
         width = rows[f"breakdown_ms.{name}"].astype(float).fillna(0).to_numpy()
         if width.any():
             axes.barh(

@@ -28,6 +28,7 @@ _MARKED: Any = {
     "markeredgewidth": 0.5,
 }
 _RATIOS = (1, 1.1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100)
+_MOST_TIMES = 3.2  # of the first; slower ones leave the picture
 
 
 def draw_rankings(frame: pd.DataFrame, out_dir: str | Path, name: str = "rankings") -> list[Path]:
@@ -83,10 +84,11 @@ def _figure(points: pd.DataFrame, names: Sequence[str]) -> Figure:
         2, len(names), squeeze=False, sharey="row", gridspec_kw={"height_ratios": heights}
     )
     looks = _looks(points)
+    top = min(_MOST_TIMES, max(1.12, 1.1 * float(points["ratio"].max())))
     for column, name in enumerate(names):
         own = points[points["system"] == name]
         _places(grid[0][column], own, looks)
-        _ratios(grid[1][column], own, looks)
+        _ratios(grid[1][column], own, looks, top)
         grid[0][column].set_title(_panel_title(name, points))
     grid[0][0].set_ylabel("place by TPOT (1: fastest)")
     grid[1][0].set_ylabel("TPOT over the first's")
@@ -153,17 +155,18 @@ def _name(axes: Axes, x: float, row: dict[Any, Any], looks: dict[str, tuple[str,
     )
 
 
-def _ratios(axes: Axes, points: pd.DataFrame, looks: dict[str, tuple[str, str]]) -> None:
+def _ratios(
+    axes: Axes, points: pd.DataFrame, looks: dict[str, tuple[str, str]], top: float
+) -> None:
     budgets = _budget_axis(axes, points)
     for label, own in points.groupby("label"):
         if len(own) > 1 or len(budgets) == 1:
             _line(axes, own["expert_budget_bytes"].map(budgets), own["ratio"], str(label), looks)
     axes.set_yscale("log")
-    axes.set_ylim(0.97, min(3.2, 1.1 * points["ratio"].max()))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_yticks(
-        [ratio for ratio in _RATIOS if ratio <= 3], [f"{r:g}" for r in _RATIOS if r <= 3]
-    )
+    ticks = [ratio for ratio in _RATIOS if ratio <= top]
+    axes.set_yticks(ticks, [f"{ratio:g}" for ratio in ticks])
+    axes.set_ylim(0.97, top)  # after the ticks, which widen it
     axes.set_xlabel("budget (share of the experts on the GPU)")
 
 

@@ -109,6 +109,15 @@ def by_tpot(points: pd.DataFrame) -> pd.DataFrame:
     return points.sort_values(["tpot_ms.mean", "label"], kind="stable")
 
 
+def labels_by_speed(points: pd.DataFrame) -> list[str]:
+    """Labels from fast to slow: mean logarithm of TPOT over the least at each budget and link."""
+    tpot = points["tpot_ms.mean"]
+    best = tpot.groupby([points["system"], points["expert_budget_bytes"]]).transform("min")
+    distance = np.log(tpot / best)
+    table = pd.DataFrame({"label": points["label"], "distance": distance}).groupby("label").mean()
+    return [str(label) for label in table.sort_values("distance", kind="stable").index]
+
+
 @dataclass(frozen=True)
 class Winner:
     """``policy`` is the fastest, or within 2 % of it, from one budget to another.

@@ -57,7 +57,7 @@ def render_ranking(console: Console, frame: pd.DataFrame) -> None:
     for name in systems(points):
         own = ranked[ranked["system"] == name]
         if own["expert_budget_bytes"].nunique() > 1:
-            runs = _runs(points[points["system"] == name])
+            runs = winner_runs(points[points["system"] == name])
             table = _winner_table(console, own, runs)
             _print(console, f"{name}: fastest policy by budget", table)
     chosen = middle(systems(points))
@@ -71,7 +71,8 @@ def render_ranking(console: Console, frame: pd.DataFrame) -> None:
         _say(console, "Time is estimated, not validated.")
 
 
-def _runs(points: pd.DataFrame) -> tuple[Winner, ...]:
+def winner_runs(points: pd.DataFrame) -> tuple[Winner, ...]:
+    """Who wins from which budget to which, where policies compete, of one system."""
     options = choices(points)
     return find_winners(options[~holds_all(options)])
 
@@ -141,13 +142,17 @@ def _winner_table(console: Console, ranked: pd.DataFrame, runs: Sequence[Winner]
     budgets = sorted(ranked["expert_budget_bytes"].unique())
     picked = spread_over(budgets, _MOST_BUDGETS)
     for budget in picked:
-        table.add_row(*_winner_row(ranked[ranked["expert_budget_bytes"] == budget], runs))
+        table.add_row(*winner_row(ranked[ranked["expert_budget_bytes"] == budget], runs))
     if len(picked) < len(budgets):
         table.caption = f"{len(picked)} of {len(budgets)} budgets"
     return table
 
 
-def _winner_row(group: pd.DataFrame, runs: Sequence[Winner]) -> list[str]:
+def winner_row(group: pd.DataFrame, runs: Sequence[Winner]) -> list[str]:
+    """Budget, GPU GiB, fastest, its TPOT ms, ``=`` or ``<``, runner-up, its TPOT ms, bound ms.
+
+    ``group``: one system's ranking at one budget; ``runs``: see :func:`winner_runs`.
+    """
     causal = group[group["kind"] == "causal"]
     fitting = causal[causal["fits"] & ~causal["saturated"]]
     share = str(group["budget"].iloc[0])

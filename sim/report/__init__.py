@@ -1,0 +1,7 @@
+"""One HTML file of a sweep, to hand on: the question, the answer, and what it rests on."""
+
+from __future__ import annotations
+
+from sim.report.page import write_report
+
+__all__ = ["write_report"]

@@ -1,0 +1,117 @@
+"""What a report is made of: a results directory of `moesim sweep`, read once."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from configs.errors import UserError
+from configs.load import parse_json, validated
+from sim.ranking import rank_points
+from sim.selection import prepare, systems
+from sim.sweeps import CONFIG_FILE, PARQUET_FILE, SweepConfig, read_results
+
+_UNSHOWN = (
+    *("prefill.", "decode.cold.", "decode.steady.", "decode.hit_bytes", "itl_ms.", "e2el_ms."),
+    *("prefetch.", "quality.prefill.", "tpot_ms.p", "ttft_ms.p", "memory.s", "memory.w"),
+)
+_DIGEST = "trace digest"
+
+
+@dataclass(frozen=True)
+class Results:
+    """A finished sweep.
+
+    ``frame`` has a row a point as it was written, ``points`` those that can be compared (see
+    :func:`sim.selection.prepare`). ``identity`` is what the sweep says of itself: its configuration
+    and the contents of the files that it named.
+    """
+
+    config: SweepConfig
+    identity: dict[str, Any]
+    frame: pd.DataFrame
+    points: pd.DataFrame
+    table_sha256: str
+
+    @cached_property
+    def ranked(self) -> pd.DataFrame:
+        """As :func:`sim.ranking.rank`."""
+        return rank_points(self.points)
+
+    @cached_property
+    def systems(self) -> list[str]:
+        """Names of the systems, in order."""
+        return systems(self.points)
+
+    def of_system(self, name: str) -> pd.DataFrame:
+        """The prepared points of one system."""
+        return self.points[self.points["system"] == name]
+
+    @property
+    def failed(self) -> pd.DataFrame:
+        """Rows of points that failed."""
+        return self.frame[self.frame["status"] == "failed"]
+
+    @property
+    def silent(self) -> int:
+        """Points that succeeded but decoded no token, so that they have no TPOT."""
+        succeeded = self.frame[self.frame["status"] == "ok"]
+        return int(succeeded["tpot_ms.mean"].isna().sum())
+
+    @property
+    def trace_digest(self) -> str:
+        """Of the trace that was replayed."""
+        return str(self.identity[_DIGEST])
+
+
+def read(directory: Path) -> Results:
+    """Read a results directory.
+
+    Raises UserError where it is none, where it is not finished, and where a file is cut off or
+    belongs to another sweep.
+    """
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory: name one that `moesim sweep` wrote")
+    identity = _identity(directory / CONFIG_FILE, directory)
+    frame = _needed(read_results(directory))
+    points = prepare(frame).copy()  # in one block a type: it is cut up often
+    digests = set(frame["trace.digest"].dropna()) if "trace.digest" in frame else set()
+    if digests - {identity[_DIGEST]}:
+        raise UserError(
+            f"{directory / PARQUET_FILE} is of another trace than {CONFIG_FILE} says: run the "
+            "sweep again into an empty directory"
+        )
+    names = SweepConfig.model_fields
+    config = {name: value for name, value in identity.items() if name in names}
+    return Results(
+        config=validated(SweepConfig, config, str(directory / CONFIG_FILE)),
+        identity=identity,
+        frame=frame,
+        points=points,
+        table_sha256=hashlib.sha256((directory / PARQUET_FILE).read_bytes()).hexdigest(),
+    )
+
+
+def _needed(frame: pd.DataFrame) -> pd.DataFrame:
+    """Without the columns that no report shows, which are most."""
+    return frame[[name for name in frame if not str(name).startswith(_UNSHOWN)]].copy()
+
+
+def _identity(path: Path, directory: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(
+            f"{path} is not there: name a directory that `moesim sweep CONFIG --out {directory}` "
+            "wrote"
+        )
+    try:
+        identity = parse_json(path.read_bytes())
+    except ValueError:
+        identity = None
+    if not isinstance(identity, dict) or not isinstance(identity.get(_DIGEST), str):
+        raise UserError(f"{path} is cut off or edited: run the sweep again into a new directory")
+    return identity
