@@ -175,6 +175,8 @@ def _no_requests(config: SweepConfig, trace: TraceSource) -> str | None:
             max_tokens=config.max_tokens,
             fit_share=config.judged_fit_share,
             learned=config.learned,
+            batch=config.batch,
+            context=config.context,
         )
     except UserError as error:
         return str(error)

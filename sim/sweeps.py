@@ -60,7 +60,7 @@ from tracer.workload import TOUCH_ORDERS
 
 CONFIG_FILE, POINTS_FILE = "sweep.json", "points.jsonl"
 PARQUET_FILE, CSV_FILE = "results.parquet", "results.csv"
-RESULTS_SCHEMA = 2  # of a row; rows of different schemas do not share a directory
+RESULTS_SCHEMA = 3  # of a row; rows of different schemas do not share a directory
 
 Progress = Callable[[int, int], None]
 Scalar = str | int | float | bool
@@ -132,6 +132,8 @@ class SweepConfig(BaseModel):
     max_tokens: int | None = Field(default=None, ge=1)
     fit_share: float | None = Field(default=None, ge=0, lt=1)
     seed: int = Field(default=0, ge=0, le=2**62)
+    batch: int = Field(default=1, ge=1, le=2**16)
+    context: int | None = Field(default=None, ge=1, le=2**30)
 
     @model_validator(mode="after")
     def _one_kind_of_budget(self) -> Self:
@@ -197,6 +199,8 @@ class SweepConfig(BaseModel):
                     fit_share=fit_share,
                     learned=learned,
                     seed=self.seed,
+                    batch=self.batch,
+                    context=self.context,
                 )
                 seen.setdefault(point_id(point), point)
         return list(seen.values())
@@ -355,10 +359,10 @@ class _Shared:
 
     def __init__(self, make: Callable[[Point], Inputs]) -> None:
         self._make = make
-        self._known: dict[tuple[int | None, float | None, tuple[str, ...]], Inputs] = {}
+        self._known: dict[tuple[Any, ...], Inputs] = {}
 
     def get(self, point: Point) -> Inputs:
-        key = (point.max_tokens, point.fit_share, point.learned)
+        key = (point.max_tokens, point.fit_share, point.learned, point.batch, point.context)
         if key not in self._known:
             self._known[key] = self._make(point)
         return self._known[key]
@@ -371,6 +375,8 @@ def _shared_inputs(trace: TraceSource) -> _Shared:
             max_tokens=point.max_tokens,
             fit_share=point.fit_share or 0.0,
             learned=point.learned,
+            batch=point.batch,
+            context=point.context,
         )
     )
 
