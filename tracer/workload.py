@@ -232,7 +232,7 @@ class Workload:
         schedule: Schedule | None = None,
         context: int | None = None,
     ) -> None:
-        keep: Any = slice(None)
+        keep: IntArray | slice = slice(None)
         if schedule is not None:
             keep = schedule.rows
         elif requests is not None:
