@@ -12,6 +12,7 @@ from configs.errors import UserError
 from policies.errors import PolicyError
 from replay.commands import calibrate, quality, replay, validate
 from sim import commands as simulation
+from sim import commands_advise as advise
 from sim import commands_fit_engine as fit_engine
 from sim import simulate
 from tracer.commands import export, imports, inspect, subset, trace, train_predictor
@@ -82,6 +83,7 @@ inspect.register(app)
 subset.register(app)
 train_predictor.register(app)
 simulation.register(app)
+advise.register(app)
 fit_engine.register(app)
 calibrate.register(app)
 replay.register(app)

@@ -1,0 +1,145 @@
+"""How far a predicted time may be off: from what was measured, where there is a measurement.
+
+The repository's ``validation/`` holds predictions and measurements of whole campaigns, each of one
+machine and model. An installed package has no such directory: then nothing is known of errors.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.units import parse_expert_budget
+from sim.advising.search import Found
+from sim.point import Setting
+
+VALIDATION = Path(__file__).resolve().parents[2] / "validation"
+
+_FIGURES = {"mean": "tpot_ms", "p50": "tpot_p50_ms", "p90": "tpot_p90_ms"}
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """``level``: ``validated``, ``calibrated`` (measured times, no validation) or ``estimated``.
+
+    Where validated: the errors of ``points`` measured ones of its kind (on demand or prefetching),
+    relative and without sign, and the TPOT between which the measured one then lies if the worst of
+    them holds. ``why``: what this rests on, and what of it was not validated; ``source``: where.
+    """
+
+    level: str
+    why: str
+    source: str | None = None
+    points: int = 0
+    median_error: float | None = None
+    worst_error: float | None = None
+    low_ms: float | None = None
+    high_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """A validation of one machine and model that took no part in development."""
+
+    directory: Path
+    plan: dict[str, Any]
+    report: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Its place, for people."""
+        return str(self.directory.relative_to(VALIDATION.parent))
+
+    @property
+    def timings(self) -> Path | None:
+        """The measured times that its predictions rest on."""
+        return next(iter(sorted(self.directory.glob("run-*/timings.yaml"))), None)
+
+
+def find_campaign(hardware: str, geometry: str, root: Path = VALIDATION) -> Campaign | None:
+    """The validation of this hardware profile and model; None: there is none here."""
+    for path in sorted(root.glob("*/*/plan.json")):
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        report = path.with_name("report.json")
+        if (plan["hardware"], plan["geometry"]) == (hardware, geometry) and report.is_file():
+            return Campaign(path.parent, plan, json.loads(report.read_text(encoding="utf-8")))
+    return None
+
+
+def confidence_in(
+    found: Found, setting: Setting, percentile: str, campaign: Campaign | None
+) -> Confidence:
+    """What is known of the error of a predicted TPOT."""
+    if setting.timing.provenance != "calibrated":
+        return Confidence("estimated", _why_estimated(setting, campaign))
+    if campaign is None:
+        why = "measured times of this model on this machine; nobody has validated them"
+        return Confidence("calibrated", f"{why} (see moesim validate)")
+    errors = _errors(campaign, found.prefetches, percentile)
+    batch = setting.workload.max_batch
+    if batch > 1 or not len(errors):
+        of = f"{batch} requests at a time were" if batch > 1 else "no such policy was"
+        return Confidence("calibrated", f"measured times; {of} not validated", campaign.name)
+    worst = float(errors.max())
+    kind = "prefetching" if found.prefetches else "on demand"
+    why = f"{len(errors)} measured points of this model on this machine, {kind}"
+    return Confidence(
+        level="validated",
+        why="; ".join([why, *_beyond(found, setting, percentile, campaign)]),
+        source=campaign.name,
+        points=len(errors),
+        median_error=float(np.median(errors)),
+        worst_error=worst,
+        low_ms=found.tpot_ms / (1 + worst),
+        high_ms=found.tpot_ms / (1 - worst),
+    )
+
+
+def _why_estimated(setting: Setting, campaign: Campaign | None) -> str:
+    why = "from bytes and flops, not measured; the error is not known"
+    if campaign is None or campaign.timings is None:
+        return why
+    shown = campaign.timings.relative_to(VALIDATION.parent)
+    dtype = campaign.report["points"] and _dtype_of(campaign.timings)
+    own = setting.geometry.expert_dtype
+    if dtype == own:
+        return f"{why}. Times were measured: --timings {shown}"
+    return f"{why}. Times of {dtype} experts were measured: --dtype {dtype} --timings {shown}"
+
+
+def _dtype_of(timings: Path) -> str:
+    lines = timings.read_text(encoding="utf-8").splitlines()
+    return next(line.split(": ")[1] for line in lines if line.startswith("expert_dtype"))
+
+
+def _errors(campaign: Campaign, prefetches: bool, percentile: str) -> Any:
+    """Of the campaign's points of that kind, without sign; of the mean where p99 is asked for."""
+    figure = _FIGURES.get(percentile, "tpot_ms")
+    return np.array(
+        [
+            abs(point["figures"][figure]["error"])
+            for point in campaign.report["points"]
+            if point["time_independent"] != prefetches
+        ]
+    )
+
+
+def _beyond(found: Found, setting: Setting, percentile: str, campaign: Campaign) -> list[str]:
+    """What was not among the validated points."""
+    said = []
+    names = sorted({point["policy"] for point in campaign.report["points"]})
+    if found.policy not in names:
+        said.append(f"{found.policy} was not among them ({', '.join(names)} were)")
+    shares = [float(parse_expert_budget(text).value) for text in campaign.plan["budgets"]]
+    if not min(shares) <= found.expert_share <= max(shares):
+        said.append(f"with {min(shares):.3g} to {max(shares):.3g} of the experts on the GPU")
+    if setting.point.link is not None:
+        scales = ", ".join(f"{scale:g}" for scale in campaign.plan["link_scales"])
+        said.append(f"over the measured link, {scales} times slower")
+    if percentile not in _FIGURES:
+        said.append("errors are of the mean")
+    return said
