@@ -31,17 +31,23 @@ def recorded_in_batches(columns: dict[str, IntArray]) -> bool:
     return bool(((step[1:] == step[:-1]) & (request[1:] != request[:-1])).any())
 
 
-def refuse_composing(columns: dict[str, IntArray], requests: Sequence[int], batch: int) -> None:
-    """Raise UserError where the trace was recorded in batches, or has fewer requests than lines."""
+def refuse_composing(
+    columns: dict[str, IntArray], requests: Sequence[int], batch: int, aside: int = 0
+) -> None:
+    """Raise UserError where the trace was recorded in batches, or has fewer requests than lines.
+
+    ``aside``: requests that are there but not among these, which the error names.
+    """
     if recorded_in_batches(columns):
         raise UserError(
             f"--batch {batch}: the trace was recorded in batches of its own, which are kept: leave "
             "--batch out, or record with --batch-size 1"
         )
     if batch > len(requests):
+        beside = f" beside the {aside} that policies learn from" if aside else ""
         raise UserError(
-            f"--batch {batch}: the rows read have {len(requests)} requests to judge: give at most "
-            f"{len(requests)}, or read more of the trace (--max-tokens)"
+            f"--batch {batch}: the rows read have {len(requests)} requests to judge{beside}: give "
+            f"at most {len(requests)}, or read more of the trace (--max-tokens)"
         )
 
 

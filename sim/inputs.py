@@ -131,7 +131,7 @@ class Inputs:
 
     def _refuse_batch(self) -> None:
         """Raise UserError where so many cannot be put together; the notes say what is."""
-        refuse_composing(self._columns, self.judged, self.batch)
+        refuse_composing(self._columns, self.judged, self.batch, len(self.fitted_on))
         self.notes = (
             *self.notes,
             f"{self.batch} requests run together: {len(self.judged)} of the trace, each whole and "

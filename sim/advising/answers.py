@@ -67,8 +67,9 @@ class Advice:
     ``smallest``: least memory that meets the target, whatever there is (None: not even all experts
     on the GPU do); ``met``: whether that fits; ``below``: the best with a slot a layer less;
     ``oracle``: least memory with which a bound meets it. ``fastest``: in the memory there is (None:
-    nothing runs in it); ``everything``: with all experts on the GPU. ``limits``: at ``smallest``,
-    if it is met, and ``fastest``. ``chosen``: the answer that the lines for elsewhere are for.
+    nothing runs in it), ``bound``: the fastest bound in it; ``everything``: with all experts on the
+    GPU. ``limits``: of ``smallest`` and ``fastest``, where they have a policy. ``lines`` are for
+    :attr:`chosen`.
     """
 
     question: Question
@@ -81,7 +82,7 @@ class Advice:
     bound: Found | None
     everything: Found
     knee: Found | None
-    limits: tuple[Limit, ...]
+    limits: dict[str, Limit]
     what_ifs: tuple[WhatIf, ...]
     confidence: dict[str, Confidence]
     pins: Pins | None
@@ -218,7 +219,7 @@ def _answer(asked: Asked, points: Points) -> Advice:
         bound=system.best_in(_BOUNDS, asked.limit_bytes),
         everything=system.everything(),
         knee=system.knee(choices),
-        limits=tuple(_limits(system, [smallest if met else None, fastest], asked.limit_bytes)),
+        limits=_limits(system, {"smallest": smallest, "fastest": fastest}, asked.limit_bytes),
         what_ifs=tuple(_what_ifs(asked, points, _contenders(system, choices, chosen))),
         confidence=_confidence(asked, {"smallest": smallest, "fastest": fastest}),
         pins=pins,
@@ -283,8 +284,10 @@ def _facts(asked: Asked) -> dict[str, Any]:
     }
 
 
-def _limits(system: System, answers: list[Found | None], limit_bytes: int) -> Iterator[Limit]:
-    for found in dict.fromkeys(answers):
+def _limits(system: System, answers: dict[str, Found | None], limit_bytes: int) -> dict[str, Limit]:
+    """Of each answer that has a policy."""
+    limits = {}
+    for name, found in answers.items():
         if found is None or found.holds_all:
             continue
         bound = (
@@ -292,11 +295,11 @@ def _limits(system: System, answers: list[Found | None], limit_bytes: int) -> It
             if found.slots is None
             else system.fastest_at(_BOUNDS, found.slots)
         )
-        if bound is None:
-            continue
-        saves = 1 - bound.tpot_ms / found.tpot_ms
-        verdict = verdict_of("causal", saves, True)
-        yield Limit(found.policy, bound.policy, bound.tpot_ms, saves, verdict)
+        if bound is not None:
+            saves = 1 - bound.tpot_ms / found.tpot_ms
+            verdict = verdict_of("causal", saves, True)
+            limits[name] = Limit(found.policy, bound.policy, bound.tpot_ms, saves, verdict)
+    return limits
 
 
 def _what_ifs(asked: Asked, points: Points, choices: Choices) -> Iterator[WhatIf]:
@@ -307,7 +310,7 @@ def _what_ifs(asked: Asked, points: Points, choices: Choices) -> Iterator[WhatIf
     link = f"{_FASTER * rate}B/s"
     yield _what_if(
         f"link x{_FASTER} ({_FASTER * rate / 1e9:.3g} GB/s)",
-        "the host is taken to keep up",
+        "a faster link: the host is taken to keep up",
         System(asked, points, link=link),
         choices,
     )
@@ -318,7 +321,7 @@ def _what_ifs(asked: Asked, points: Points, choices: Choices) -> Iterator[WhatIf
             continue
         name = f"experts in {dtype}"
         leaves_out = (
-            "the same routing, and kernels that are slowed by bytes alone; quality is not judged"
+            "fewer bits: same routing, compute by bytes alone; what the model says is not judged"
         )
         if asked.question.timings is not None:
             why = "measured times are of other experts: leave --timings out to have it estimated"

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from configs.timings import load_timings
 from configs.units import parse_expert_budget
 from sim.advising.search import Found
 from sim.point import Setting
@@ -85,8 +86,8 @@ def confidence_in(
         of = f"{batch} requests at a time were" if batch > 1 else "no such policy was"
         return Confidence("calibrated", f"measured times; {of} not validated", campaign.name)
     worst = float(errors.max())
-    kind = "prefetching" if found.prefetches else "on demand"
-    why = f"{len(errors)} measured points of this model on this machine, {kind}"
+    kind = "that prefetch" if found.prefetches else "that copy on demand"
+    why = f"of policies {kind}, one request at a time"
     return Confidence(
         level="validated",
         why="; ".join([why, *_beyond(found, setting, percentile, campaign)]),
@@ -104,16 +105,11 @@ def _why_estimated(setting: Setting, campaign: Campaign | None) -> str:
     if campaign is None or campaign.timings is None:
         return why
     shown = campaign.timings.relative_to(VALIDATION.parent)
-    dtype = campaign.report["points"] and _dtype_of(campaign.timings)
+    dtype = load_timings(str(campaign.timings)).expert_dtype
     own = setting.geometry.expert_dtype
     if dtype == own:
         return f"{why}. Times were measured: --timings {shown}"
     return f"{why}. Times of {dtype} experts were measured: --dtype {dtype} --timings {shown}"
-
-
-def _dtype_of(timings: Path) -> str:
-    lines = timings.read_text(encoding="utf-8").splitlines()
-    return next(line.split(": ")[1] for line in lines if line.startswith("expert_dtype"))
 
 
 def _errors(campaign: Campaign, prefetches: bool, percentile: str) -> Any:
@@ -136,10 +132,11 @@ def _beyond(found: Found, setting: Setting, percentile: str, campaign: Campaign)
         said.append(f"{found.policy} was not among them ({', '.join(names)} were)")
     shares = [float(parse_expert_budget(text).value) for text in campaign.plan["budgets"]]
     if not min(shares) <= found.expert_share <= max(shares):
-        said.append(f"with {min(shares):.3g} to {max(shares):.3g} of the experts on the GPU")
+        low, high = (f"{share * 100:g}" for share in (min(shares), max(shares)))
+        said.append(f"they had {low} to {high} % of the experts on the GPU")
     if setting.point.link is not None:
-        scales = ", ".join(f"{scale:g}" for scale in campaign.plan["link_scales"])
-        said.append(f"over the measured link, {scales} times slower")
+        scales = " and ".join(f"{s:g}" for s in campaign.plan["link_scales"] if s != 1)
+        said.append(f"they were over the machine's own link and {scales} times slower")
     if percentile not in _FIGURES:
         said.append("errors are of the mean")
     return said

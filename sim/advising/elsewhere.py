@@ -80,36 +80,31 @@ def cpu_layers(geometry: Geometry, expert_bytes: int) -> int:
 
 
 def lines_for(asked: Asked, expert_bytes: int, pins: Pins, split_ms: float | None) -> list[Line]:
-    """``split_ms``: simulated TPOT of ``fiddler`` there, the nearest to both engines; None: none."""
+    """``split_ms``: simulated TPOT of ``fiddler`` there, the nearest to both engines, if any."""
     geometry = asked.setting.geometry
-    memory = f"{expert_bytes / 2**30:.1f} GiB of experts in {geometry.expert_dtype}"
-    nearest = (
-        "not simulated"
-        if split_ms is None
-        else f"nearest simulated: fiddler, {split_ms:.1f} ms a token"
+    memory = f"{expert_bytes / 2**30:.1f} GiB of {geometry.expert_dtype} experts"
+    nearest = "moesim has no such policy" + (
+        "" if split_ms is None else f"; the nearest, fiddler, takes {split_ms:.1f} ms a token"
     )
+    covered = f"{pins.covered_share * 100:.0f} %"
     return [
+        Line("any engine", f"{pins.experts_a_layer} slots a layer", f"{memory} in all"),
         Line(
-            "slots a layer",
-            str(pins.experts_a_layer),
-            f"{memory}; what every figure above rests on",
-        ),
-        Line(
-            "pinned experts",
-            f"{pins.experts_a_layer} a layer, the most popular",
-            f"counted on {pins.counted_tokens} tokens of this trace, of whose accesses they serve "
-            f"{pins.covered_share:.0%}; another workload has others".replace("%", " %"),
+            "pinned experts (--pin FILE)",
+            f"{pins.experts_a_layer} experts a layer, the most popular",
+            f"they serve {covered} of the accesses of the {pins.counted_tokens} tokens that they "
+            "were counted on; other workloads have other favourites",
         ),
         Line(
             "llama.cpp",
             f"--n-cpu-moe {cpu_layers(geometry, expert_bytes)}",
-            f"{memory}; whole layers, the first ones computed by the CPU, no cache; a GGUF file's "
-            f"experts have other sizes; {nearest}",
+            f"as many whole layers as {memory} hold stay on the GPU, the first ones on the CPU; "
+            f"experts of a GGUF file have other sizes; {nearest}",
         ),
         Line(
-            "KTransformers",
+            "KTransformers in SGLang",
             f"--kt-num-gpu-experts {pins.experts_a_layer} --kt-expert-placement-strategy frequency",
-            "fixed experts, the others computed by the CPU; the counts for --init-expert-location "
-            f"are those of `moesim export sglang-location`; {nearest}",
+            "fixed experts, the CPU computes the others; --init-expert-location takes the counts "
+            f"of `moesim export sglang-location`; {nearest}",
         ),
     ]

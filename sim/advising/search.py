@@ -89,16 +89,12 @@ class System:
         frame = frame[frame["status"] == "ok"]
         if frame.empty:
             return frame
-        asked = self._asked.question
-        frame = frame.assign(
-            **{
-                "tpot_ms.mean": frame[f"tpot_ms.{asked.percentile}"],
-                "ttft_ms.mean": frame[f"ttft_ms.{asked.percentile}"],
-                "memory.fits": frame["memory.peak_bytes"] <= self.limit_bytes,
-                "really_lossless": frame["lossless"],
-                "lossless": True,  # a lossy policy is here only if it was asked for
-            }
-        )
+        percentile = self._asked.question.percentile
+        frame = frame.assign(really_lossless=frame["lossless"])
+        frame["lossless"] = True  # a lossy policy is here only if it was asked for
+        frame["memory.fits"] = frame["memory.peak_bytes"] <= self.limit_bytes
+        for name in ("tpot_ms", "ttft_ms"):
+            frame[f"{name}.mean"] = frame[f"{name}.{percentile}"]
         return prepare(frame)
 
     # ------------------------------------------------------------------ answers
@@ -234,7 +230,7 @@ class System:
 
 @dataclass
 class _Bracket:
-    """Where a policy begins to meet the target: above ``low`` slots a layer, at ``high`` at most."""
+    """Where a policy begins to meet the target: above ``low`` slots, at ``high`` at most."""
 
     low: int
     high: int

@@ -14,39 +14,38 @@ _MOST_POLICIES = 6
 
 
 def as_text(advice: Advice) -> str:
-    """All answers, a paragraph each."""
-    parts = [
-        [*_heading(advice)],
-        [_smallest_words(advice)],
-        [_fastest_words(advice)],
-        [*_knee_words(advice)],
-        [*_limit_words(advice)],
-        [*_what_if_words(advice)],
-        [*_confidence_words(advice)],
-        [*_line_words(advice)],
-        [*_left_out_words(advice)],
-    ]
+    """All answers: a line a fact, those that belong to an answer indented below it."""
+    parts = (
+        _heading(advice),
+        _smallest_words(advice),
+        _fastest_words(advice),
+        _knee_words(advice),
+        _what_if_words(advice),
+        _confidence_words(advice),
+        _line_words(advice),
+        _left_out_words(advice),
+    )
     return "\n".join(line for part in parts for line in part)
 
 
 def _heading(advice: Advice) -> Iterator[str]:
     system, question = advice.system, advice.question
+    requests = "1 request" if system["batch"] == 1 else f"{system['batch']} requests"
+    targets = {"TPOT": question.tpot_ms, "TTFT": question.ttft_ms}
+    wanted = [f"{name} {ms:g} ms" for name, ms in targets.items() if ms is not None]
+    of = "mean" if question.percentile == "mean" else f"{question.percentile} of the requests"
     yield (
         f"{system['geometry']}, experts in {system['expert_dtype']}, on {system['hardware']}, "
         f"link {link_name(system['link_bytes_per_s'])}"
     )
-    targets = {"TPOT": question.tpot_ms, "TTFT": question.ttft_ms}
-    wanted = " and ".join(f"{name} {ms:g} ms" for name, ms in targets.items() if ms is not None)
     yield (
-        f"Target: {wanted} at most ({_of(question.percentile)}); {system['batch']} "
-        f"{'request' if system['batch'] == 1 else 'requests'} at a time, "
+        f"Target: at most {' and '.join(wanted)} ({of}); {requests} at a time, "
         f"{system['context']} tokens of KV cache each"
     )
     yield (
-        f"Memory: {as_gib(advice.system['fixed_bytes'])} without experts, "
-        f"{as_gib(system['slot_a_layer_bytes'])} for each slot a layer "
-        f"({system['experts_a_layer']} experts in each of {system['moe_layers']} layers); "
-        f"{as_gib(system['limit_bytes'])} at most"
+        f"Memory: {as_gib(system['limit_bytes'])}; {as_gib(system['fixed_bytes'])} without "
+        f"experts, {as_gib(system['slot_a_layer_bytes'])} more for each slot a layer "
+        f"({system['moe_layers']} layers of {system['experts_a_layer']} experts)"
     )
     yield (
         f"Judged on {system['judged_tokens']} tokens of {system['judged_requests']} requests; "
@@ -54,83 +53,71 @@ def _heading(advice: Advice) -> Iterator[str]:
     )
 
 
-def _of(percentile: str) -> str:
-    return "mean" if percentile == "mean" else f"{percentile} of the requests"
-
-
-def _smallest_words(advice: Advice) -> str:
-    found = advice.smallest
+def _smallest_words(advice: Advice) -> Iterator[str]:
+    found, everything = advice.smallest, advice.everything
+    yield ""
     if found is None:
-        return f"Smallest memory: no policy can meet it. {_hopeless_words(advice)}"
-    if not advice.met:
-        return (
-            f"Smallest memory: no policy can meet it in {as_gib(advice.system['limit_bytes'])}: "
-            f"the capacity is short by {as_gib(advice.short_by_bytes or 0)}. It takes "
-            f"{_place(found)}. {_oracle_words(advice)}"
+        yield "Smallest memory for the target: no policy can"
+        yield (
+            f"  all experts on the GPU, {as_gib(everything.gpu_memory_bytes)}: {_times(everything)}"
         )
-    return f"Smallest memory: {_place(found)}. {_below_words(advice)}{_oracle_words(advice)}"
+        yield "  compute and host are the limit, not the capacity: no oracle could either"
+        return
+    if advice.met:
+        yield f"Smallest memory for the target: {_place(found)}"
+    else:
+        limit = as_gib(advice.system["limit_bytes"])
+        short = as_gib(advice.short_by_bytes or 0)
+        yield f"Smallest memory for the target: no policy can in {limit}"
+        yield f"  the capacity is short by {short}: it takes {_place(found)}"
+    yield from (f"  {line}" for line in _beside(advice, found))
 
 
-def _hopeless_words(advice: Advice) -> str:
-    everything = advice.everything
-    return (
-        f"With every expert on the GPU ({as_gib(everything.gpu_memory_bytes)}) it is "
-        f"{_times(everything)}: compute and host are the limit, not the capacity, and no oracle "
-        "could do better."
-    )
-
-
-def _below_words(advice: Advice) -> str:
+def _beside(advice: Advice, found: Found) -> Iterator[str]:
     below = advice.below
-    if below is None or below.slots is None:
-        return ""
-    return f"With {_slots(below.slots)} the best is {below.policy}: {_times(below)}. "
-
-
-def _oracle_words(advice: Advice) -> str:
-    oracle, found = advice.oracle, advice.smallest
-    if oracle is None or found is None:
-        return ""
+    if below is not None:
+        yield f"with {_slots(below.slots)} the best is {below.policy}: {_times(below)}"
+    yield from _limit_words(advice.limits.get("smallest"))
+    oracle = advice.oracle
+    if oracle is None:
+        return
     if oracle.gpu_memory_bytes >= found.gpu_memory_bytes:
-        return "An oracle that knows the future would need as much."
-    fits = oracle.gpu_memory_bytes <= advice.system["limit_bytes"]
-    could = "" if advice.met else (", which is there" if fits else ", which is not there either")
-    return (
-        f"An oracle that knows the future could do with {as_gib(oracle.gpu_memory_bytes)} "
-        f"({_slots(oracle.slots)}){could}."
+        yield "an oracle that knows the future would need as much memory"
+        return
+    there = oracle.gpu_memory_bytes <= advice.system["limit_bytes"]
+    could = "" if advice.met else (", which is there" if there else ", which is not there either")
+    yield (
+        f"an oracle that knows the future would meet it in {as_gib(oracle.gpu_memory_bytes)} "
+        f"({_slots(oracle.slots)}){could}"
     )
 
 
-def _fastest_words(advice: Advice) -> str:
+def _fastest_words(advice: Advice) -> Iterator[str]:
     limit = as_gib(advice.system["limit_bytes"])
     found = advice.fastest
+    yield ""
     if found is None:
-        return f"Fastest in {limit}: nothing can run in it."
-    if found.holds_all:
-        return (
-            f"Fastest in {limit}: every expert fits ({as_gib(found.gpu_memory_bytes)}), no policy "
-            f"is needed: {_times(found)}."
-        )
-    return f"Fastest in {limit}: {_place(found)}."
+        yield f"Fastest in {limit}: nothing can run in it"
+        return
+    yield f"Fastest in {limit}: {_place(found)}"
+    yield from (f"  {line}" for line in _limit_words(advice.limits.get("fastest")))
 
 
 def _knee_words(advice: Advice) -> Iterator[str]:
     if advice.knee is not None:
-        yield f"Best value for little memory (knee): {_place(advice.knee)}."
+        yield f"Best value for little memory (knee): {_place(advice.knee)}"
 
 
 def _place(found: Found) -> str:
     """Memory, slots, policy and time."""
     memory = as_gib(found.gpu_memory_bytes)
     if found.holds_all:
-        return f"{memory}, all experts on the GPU, {_times(found)}"
-    slots = "" if found.slots is None else f", {_slots(found.slots)}"
+        return f"{memory}, all experts on the GPU: {_times(found)}"
+    given = f", {found.expert_share * 100:.1f} % of the experts"
+    slots = given if found.slots is None else f", {_slots(found.slots)}"
     ties = f" ({listed(found.ties)} as good)" if found.ties else ""
     lossy = "" if found.lossless else " (lossy: it changes what the model says)"
-    return (
-        f"{memory}{slots} ({found.expert_share:.1%} of the experts), {found.policy}{lossy}{ties}: "
-        f"{_times(found)}"
-    ).replace("%", " %")
+    return f"{memory}{slots}, {found.policy}{lossy}{ties}: {_times(found)}"
 
 
 def _slots(slots: int | None) -> str:
@@ -138,98 +125,100 @@ def _slots(slots: int | None) -> str:
 
 
 def _times(found: Found) -> str:
-    if found.ttft_ms is None:
-        return f"{as_ms(found.tpot_ms)} a token"
-    return f"{as_ms(found.tpot_ms)} a token, first after {as_ms(found.ttft_ms)}"
+    ttft = "" if found.ttft_ms is None else f", TTFT {as_ms(found.ttft_ms)}"
+    return f"TPOT {as_ms(found.tpot_ms)}{ttft}"
 
 
 _VERDICTS = {
-    "policy-limited": "the policy limits: an oracle ({bound}) would take {saves} less time in the "
-    "same memory; a better policy is worth coding",
-    "capacity-limited": "the capacity limits: even an oracle ({bound}) would take only {saves} "
-    "less time in the same memory; memory or link first",
+    "policy-limited": "the policy is the limit: an oracle ({bound}) would take {saves} less time "
+    "in the same memory",
+    "capacity-limited": "the capacity is the limit: even an oracle ({bound}) would take only "
+    "{saves} less time in the same memory",
     "beyond bound": "faster than any oracle that copies what it misses ({bound}, {ms}): the CPU "
-    "does a part, and how much a better policy could gain is not known",
-    "unknown": "no bound could be simulated",
+    "computes a part; what a better policy could gain is not known",
 }
 
 
-def _limit_words(advice: Advice) -> Iterator[str]:
-    for limit in advice.limits:
-        yield f"Policy or capacity? {limit.policy}: {_verdict_words(limit)}."
-
-
-def _verdict_words(limit: Limit) -> str:
-    saves = f"{max(limit.saves, 0) * 100:.0f} %"
-    return _VERDICTS[limit.verdict].format(bound=limit.bound, saves=saves, ms=as_ms(limit.bound_ms))
+def _limit_words(limit: Limit | None) -> Iterator[str]:
+    if limit is not None and limit.verdict in _VERDICTS:
+        saves = f"{max(limit.saves, 0) * 100:.0f} %"
+        yield _VERDICTS[limit.verdict].format(
+            bound=limit.bound, saves=saves, ms=as_ms(limit.bound_ms)
+        )
 
 
 def _what_if_words(advice: Advice) -> Iterator[str]:
     if not advice.what_ifs:
         return
-    simulated = next((each.policies for each in advice.what_ifs if each.policies), ())
-    yield (
-        "What would help (the whole search again"
-        + (f", with {listed(simulated, most=_MOST_POLICIES)}" if simulated else "")
-        + "):"
-    )
+    tried = next((each.policies for each in advice.what_ifs if each.policies), ())
+    names = f", with {listed(tried, most=_MOST_POLICIES)}" if tried else ""
+    yield ""
+    yield f"What would help (searched again{names})"
     for each in advice.what_ifs:
-        yield f"  {each.name}: {_one_what_if(advice, each)} [{each.leaves_out}]"
+        yield f"  {each.name}: {_one_what_if(advice, each)}"
+    for said in dict.fromkeys(each.leaves_out for each in advice.what_ifs if each.policies):
+        yield f"  {said}"
 
 
 def _one_what_if(advice: Advice, each: WhatIf) -> str:
     if each.skipped is not None:
         return f"not simulated: {each.skipped}"
-    smallest = (
-        "not even all experts on the GPU meet the target"
-        if each.smallest is None
-        else f"{_place(each.smallest)} {_against(advice.smallest, each.smallest)}"
-    )
+    fastest = _fastest_then(advice, each.fastest)
+    if each.smallest is None:
+        return f"not even all experts on the GPU meet the target; {fastest}"
+    return f"{_against(advice.smallest, each.smallest)} {_place(each.smallest)}; {fastest}"
+
+
+def _fastest_then(advice: Advice, fastest: Found | None) -> str:
     limit = as_gib(advice.system["limit_bytes"])
-    if each.fastest is None:
-        return f"{smallest}; nothing runs in {limit}"
-    fastest = "all experts" if each.fastest.holds_all else each.fastest.policy
-    return f"{smallest}; fastest in {limit}: {fastest}, {_times(each.fastest)}"
+    if fastest is None:
+        return f"nothing runs in {limit}"
+    what = "all experts" if fastest.holds_all else fastest.policy
+    return f"fastest in {limit}: {what}, {_times(fastest)}"
 
 
 def _against(now: Found | None, then: Found) -> str:
     if now is None:
-        return "would do"
+        return "the target could be met with"
     saved = now.gpu_memory_bytes - then.gpu_memory_bytes
     if saved == 0:
-        return "would be needed all the same"
-    return f"would do, {as_gib(abs(saved))} {'less' if saved > 0 else 'more'}"
+        return "as much memory:"
+    return f"{as_gib(abs(saved))} {'less' if saved > 0 else 'more'}:"
 
 
 def _confidence_words(advice: Advice) -> Iterator[str]:
-    shown: dict[str, str] = {}
-    for name, each in advice.confidence.items():
-        shown.setdefault(_one_confidence(each), name)
-    for words, name in shown.items():
-        which = "" if len(shown) == 1 else f" ({name})"
-        yield f"Confidence{which}: {words}."
+    said = {name: _one_confidence(each) for name, each in advice.confidence.items()}
+    yield ""
+    if len(set(said.values())) == 1:
+        yield f"Confidence: {next(iter(said.values()))}"
+        return
+    for name, words in said.items():
+        yield f"Confidence, {name}: {words}"
 
 
 def _one_confidence(each: Confidence) -> str:
-    if each.level != "validated":
+    if each.median_error is None or each.worst_error is None:
         return f"{each.level}: {each.why}"
     return (
-        f"validated: off by {each.median_error:.1%} in the median, {each.worst_error:.1%} at worst, "
-        f"so {each.low_ms:.1f} to {each.high_ms:.1f} ms; {each.why} ({each.source})"
-    ).replace("%", " %")
+        f"validated: {each.low_ms:.1f} to {each.high_ms:.1f} ms a token, as {each.points} measured "
+        f"points were off by {each.median_error * 100:.1f} % in the median and "
+        f"{each.worst_error * 100:.1f} % at worst ({each.source}); {each.why}"
+    )
 
 
 def _line_words(advice: Advice) -> Iterator[str]:
     if not advice.lines:
         return
-    chosen = "the smallest memory" if advice.met else "the fastest"
-    yield f"For use elsewhere ({chosen}):"
+    chosen = "the smallest memory that meets the target" if advice.met else "the fastest"
+    yield ""
+    yield f"For use elsewhere, with {chosen}"
     for line in advice.lines:
-        yield f"  {line.tool}: {line.text}"
-        yield f"      {line.assumes}"
+        yield f"  {line.text}"
+        yield f"      {line.tool}: {line.assumes}"
 
 
 def _left_out_words(advice: Advice) -> Iterator[str]:
     if advice.not_runnable:
         names = [each.policy for each in advice.not_runnable]
+        yield ""
         yield f"Not runnable on this trace: {', '.join(names)} (--json says why)"
