@@ -39,24 +39,24 @@ class Points:
     def rows(self, points: Iterable[Point]) -> list[dict[str, Any]]:
         """Rows of these points, in their order; what is not known yet is simulated."""
         wanted = {point_id(point): point for point in points}
-        for name in wanted:
-            if name not in self._rows and name in self._found:
-                self._rows[name] = self._found[name]
-        missing = {name: point for name, point in wanted.items() if name not in self._rows}
-        if missing:
-            self._simulate(missing)
+        new = {name: point for name, point in wanted.items() if name not in self._rows}
+        missing = {name: point for name, point in new.items() if name not in self._found}
+        self._found |= self._simulate(missing, known=len(self._rows) + len(new) - len(missing))
+        self._rows |= {name: self._found[name] for name in new}
         return [self._rows[name] for name in wanted]
 
-    def _simulate(self, missing: dict[str, Point]) -> None:
+    def _simulate(self, missing: dict[str, Point], known: int) -> dict[str, dict[str, Any]]:
         fresh: dict[str, dict[str, Any]] = {}
-        known, asked = len(self._rows), len(self._rows) + len(missing)
+        asked = known + len(missing)
+        if not missing:
+            return fresh
         with running(self._trace, list(missing.values()), self._jobs) as rows:
             self._progress(known, asked)
             for row in rows:
                 fresh[row["point_id"]] = row
                 self._store.append(row)
                 self._progress(known + len(fresh), asked)
-        self._rows |= {name: fresh[name] for name in missing}
+        return fresh
 
     def all(self) -> list[dict[str, Any]]:
         """All rows so far."""
