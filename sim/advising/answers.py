@@ -195,10 +195,12 @@ def _identity(asked: Asked) -> dict[str, Any]:
 
 def _answer(asked: Asked, points: Points) -> Advice:
     system = System(asked, points)
-    system.at_slots([*asked.candidates.values(), *BOUNDS], *system.grid)
+    system.at_slots(asked.candidates.values(), *system.grid)
     missing, _ = split_failures(points.frame())
     names = {each.policy for each in missing}
     choices = {label: each for label, each in asked.candidates.items() if label not in names}
+    if asked.candidates and not choices:
+        raise UserError(f"none of these policies can run on this trace; the first: {missing[0]}")
     smallest = _smallest(system, choices)
     fastest = system.fastest_in(choices, asked.limit_bytes)
     met = smallest is not None and smallest.gpu_memory_bytes <= asked.limit_bytes
@@ -214,9 +216,9 @@ def _answer(asked: Asked, points: Points) -> Advice:
         smallest=smallest,
         met=met,
         below=system.best_at(choices, slots - 1) if slots is not None and slots > 1 else None,
-        oracle=None if smallest is None else _smallest(system, _BOUNDS),
+        oracle=None if smallest is None else _smallest(system, _BOUNDS, slots),
         fastest=fastest,
-        bound=system.best_in(_BOUNDS, asked.limit_bytes),
+        bound=_bound_in(system, fastest, asked.limit_bytes),
         everything=system.everything(),
         knee=system.knee(choices),
         limits=_limits(system, {"smallest": smallest, "fastest": fastest}, asked.limit_bytes),
@@ -235,8 +237,15 @@ def _answer(asked: Asked, points: Points) -> Advice:
 _BOUNDS: Choices = {label_of(choice): choice for choice in BOUNDS}
 
 
-def _smallest(system: System, choices: Choices) -> Found | None:
-    slots = system.smallest(choices)
+def _bound_in(system: System, fastest: Found | None, nbytes: int) -> Found | None:
+    """The fastest bound in the memory there is, if that does not hold everything."""
+    if fastest is None or fastest.holds_all:
+        return None
+    return system.best_in(_BOUNDS, nbytes)
+
+
+def _smallest(system: System, choices: Choices, most: int | None = None) -> Found | None:
+    slots = system.smallest(choices, most)
     return None if slots is None else system.best_at(choices, slots)
 
 

@@ -85,8 +85,7 @@ class System:
 
     def _judged(self, rows: list[dict[str, Any]]) -> pd.DataFrame:
         """Ready for :mod:`sim.ranking`: the percentile asked for, the memory that there is."""
-        frame = to_frame(rows)
-        frame = frame[frame["status"] == "ok"]
+        frame = to_frame(row for row in rows if row["status"] == "ok")
         if frame.empty:
             return frame
         percentile = self._asked.question.percentile
@@ -110,18 +109,19 @@ class System:
                 good &= points[column] <= target
         return points[good]
 
-    def smallest(self, choices: Choices) -> int | None:
-        """The fewest slots a layer with which any policy meets the target; None: not even all."""
-        everything = self.at_slots(choices.values(), *self.grid)
-        if self.meets(self.at_slots([], self.experts)).empty:
+    def smallest(self, choices: Choices, most: int | None = None) -> int | None:
+        """The fewest slots a layer with which any policy meets the target; None: not even all.
+
+        ``most``: with so many somebody does, whoever; no more are tried.
+        """
+        if most is None and self.meets(self.at_slots([], self.experts)).empty:
             return None
-        good = self.meets(everything)
-        brackets = {
-            label: _Bracket.of(self._first(good, label), self.grid, self.experts)
-            for label in choices
-        }
+        most = most or self.experts
+        grid = [slots for slots in self.grid if slots < most]
+        good = self.meets(self.at_slots(choices.values(), *grid))
+        brackets = {label: _Bracket.of(self._first(good, label), grid, most) for label in choices}
         while True:
-            best = min((bracket.high for bracket in brackets.values()), default=self.experts)
+            best = min((bracket.high for bracket in brackets.values()), default=most)
             tried = {
                 label: (bracket.low + min(bracket.high, best)) // 2
                 for label, bracket in brackets.items()
@@ -236,9 +236,9 @@ class _Bracket:
     high: int
 
     @classmethod
-    def of(cls, first: int | None, grid: list[int], experts: int) -> _Bracket:
-        """``first``: of the grid to meet it; with all ``experts`` there, everybody does."""
-        high = experts if first is None else first
+    def of(cls, first: int | None, grid: list[int], most: int) -> _Bracket:
+        """``first``: of the grid to meet it; None: as if it did at ``most``."""
+        high = most if first is None else first
         return cls(max((slots for slots in grid if slots < high), default=0), high)
 
     def note(self, slots: int, met: bool) -> None:
