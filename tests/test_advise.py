@@ -437,6 +437,16 @@ def test_same_answers_on_any_number_of_jobs_and_from_a_directory(
     assert len(read_results(out)) == len(alone["points"])
 
 
+def test_a_memory_in_which_nothing_runs(tiny: Path) -> None:
+    advice = quick(tiny, policies=["lru"], gpu_memory="12000B", what_if=False)
+    assert advice.fastest is None
+    assert advice.bound is None
+    assert not advice.met
+    assert advice.short_by_bytes == advice.smallest.gpu_memory_bytes - 12000
+    assert (advice.lines, advice.pins, advice.chosen) == ((), None, None)
+    assert "nothing can run in it" in advice.text
+
+
 def test_json_is_complete(tiny: Path) -> None:
     told = quick(tiny, policies=["lru"]).to_dict()
     assert told["question"]["tpot_ms"] == 100

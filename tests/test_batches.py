@@ -28,14 +28,20 @@ Recorded = list[tuple[int, list[int]]]
 """A request's steps: phase and rows."""
 
 
-def columns_of(requests: dict[int, list[tuple[int, int]]]) -> dict[str, NDArray[Any]]:
-    """Columns of requests one after the other, each a list of steps of (phase, rows)."""
-    rows = []
-    step = 0
-    for name, steps in requests.items():
-        for phase, size in steps:
-            rows += [(name, step, phase)] * size
-            step += 1
+def columns_of(
+    requests: dict[int, list[tuple[int, int]]], turns: list[int] | None = None
+) -> dict[str, NDArray[Any]]:
+    """Columns of requests, each a list of steps of (phase, rows); ``turns``: whose step is next.
+
+    One request after the other without ``turns``.
+    """
+    rows: list[tuple[int, int, int]] = []
+    left = {name: deque(steps) for name, steps in requests.items()}
+    if turns is None:
+        turns = [name for name, steps in requests.items() for _ in steps]
+    for step, name in enumerate(turns):
+        phase, size = left[name].popleft()
+        rows += [(name, step, phase)] * size
     request, steps_, phases = np.array(rows).T
     return {"request": request, "step": steps_, "phase": phases}
 
@@ -101,7 +107,10 @@ def recordings(draw: st.DrawFn) -> tuple[dict[str, NDArray[Any]], list[int], int
             own += [*draw(prefills), *draw(steps)]
         requests[name] = own or [(DECODE, 1)]
     kept = [name for name in names if draw(st.booleans())] or [names[0]]
-    return columns_of(requests), kept, draw(st.integers(1, len(kept)))
+    turns = [name for name, own in requests.items() for _ in own]
+    if draw(st.booleans()):  # served in turns, one request a step
+        turns = draw(st.permutations(turns))
+    return columns_of(requests, turns), kept, draw(st.integers(1, len(kept)))
 
 
 @settings(max_examples=200, deadline=None)
@@ -226,6 +235,16 @@ def test_context_is_reserved_and_attended_to(trace: Trace) -> None:
     assert few["memory"]["kv_bytes"] == kv * 14
     assert many["memory"]["kv_bytes"] == kv * 2**28 * 2
     assert many["breakdown_ms"]["segments"] > few["breakdown_ms"]["segments"]
+
+
+def test_a_longer_context_leaves_less_for_experts(trace: Trace) -> None:
+    slots = []
+    for context in (14, 40, 60):
+        point = Point(policy="lru", hardware="rtx4090-pcie4", budget="16KiB", context=context)
+        result = run_point(inputs_for(trace, point), point)
+        slots.append(result["memory"]["slots"])
+        assert result["memory"]["peak_bytes"] <= 16 * 1024
+    assert slots[0] > slots[1] > slots[2]
 
 
 def test_what_cannot_be_put_together_is_one_line(trace: Trace, tmp_path: Path) -> None:

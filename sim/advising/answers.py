@@ -13,6 +13,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.files import write_atomically
 from configs.geometry import EXPERT_DTYPE_BITS
+from configs.timings import load_timings
 from policies.errors import PolicyError
 from sim.advising.confidence import Confidence, confidence_in, find_campaign
 from sim.advising.elsewhere import Line, Pins, lines_for, pins_of, slots_in
@@ -189,6 +190,9 @@ def _identity(asked: Asked) -> dict[str, Any]:
     return {
         "question": question.model_dump(mode="json"),
         **contents([question.hardware], question.geometry, question.dtype),
+        "timings contents": None
+        if question.timings is None
+        else load_timings(question.timings).model_dump(mode="json"),
         "trace digest": asked.trace.digest,
     }
 
