@@ -15,7 +15,7 @@ from configs.files import write_atomically
 from configs.geometry import EXPERT_DTYPE_BITS
 from configs.timings import load_timings
 from policies.errors import PolicyError
-from sim.advising.confidence import Confidence, confidence_in, find_campaign
+from sim.advising.confidence import Confidence, confidence_in, find_campaigns
 from sim.advising.elsewhere import Line, Pins, lines_for, pins_of, slots_in
 from sim.advising.points import Points
 from sim.advising.question import BOUNDS, Asked, Question, ask, label_of
@@ -67,7 +67,8 @@ class Advice:
 
     ``smallest``: least memory that meets the target, whatever there is (None: not even all experts
     on the GPU do); ``met``: whether that fits; ``below``: the best with a slot a layer less;
-    ``oracle``: least memory with which a bound meets it. ``fastest``: in the memory there is (None:
+    ``oracle``: fewest slots a layer with which a bound meets it (None: it takes more than
+    ``smallest`` has, whose CPU may do a part). ``fastest``: in the memory there is (None:
     nothing runs in it), ``bound``: the fastest bound in it; ``everything``: with all experts on the
     GPU. ``limits``: of ``smallest`` and ``fastest``, where they have a policy. ``lines`` are for
     :attr:`chosen`.
@@ -220,7 +221,7 @@ def _answer(asked: Asked, points: Points) -> Advice:
         smallest=smallest,
         met=met,
         below=system.best_at(choices, slots - 1) if slots is not None and slots > 1 else None,
-        oracle=None if smallest is None else _smallest(system, _BOUNDS, slots),
+        oracle=_oracle(system, smallest),
         fastest=fastest,
         bound=_bound_in(system, fastest, asked.limit_bytes),
         everything=system.everything(),
@@ -248,8 +249,16 @@ def _bound_in(system: System, fastest: Found | None, nbytes: int) -> Found | Non
     return system.best_in(_BOUNDS, nbytes)
 
 
-def _smallest(system: System, choices: Choices, most: int | None = None) -> Found | None:
-    slots = system.smallest(choices, most)
+def _oracle(system: System, smallest: Found | None) -> Found | None:
+    """The bound that meets the target with the fewest slots a layer, of no more than a policy."""
+    if smallest is None:
+        return None
+    slots = system.smallest(_BOUNDS, smallest.slots)
+    return None if slots is None else system.meeting_at(_BOUNDS, slots)
+
+
+def _smallest(system: System, choices: Choices) -> Found | None:
+    slots = system.smallest(choices)
     return None if slots is None else system.best_at(choices, slots)
 
 
@@ -353,9 +362,9 @@ def _what_if(name: str, leaves_out: str, system: System, choices: Choices) -> Wh
 
 
 def _confidence(asked: Asked, answers: dict[str, Found | None]) -> dict[str, Confidence]:
-    campaign = find_campaign(asked.setting.hardware.name, asked.setting.geometry.name)
+    campaigns = find_campaigns(asked.setting.hardware.name)
     return {
-        name: confidence_in(found, asked.setting, asked.question.percentile, campaign)
+        name: confidence_in(found, asked.setting, asked.question.percentile, campaigns)
         for name, found in answers.items()
         if found is not None
     }

@@ -7,6 +7,7 @@ machine and model. An installed package has no such directory: then nothing is k
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,42 +57,57 @@ class Campaign:
         return str(self.directory.relative_to(VALIDATION.parent))
 
     @property
+    def policies(self) -> set[str]:
+        """Policies of its points."""
+        return {str(point["policy"]) for point in self.report["points"]}
+
+    @property
     def timings(self) -> Path | None:
         """The measured times that its predictions rest on."""
         return next(iter(sorted(self.directory.glob("run-*/timings.yaml"))), None)
 
 
-def find_campaign(hardware: str, geometry: str, root: Path = VALIDATION) -> Campaign | None:
-    """The validation of this hardware profile and model; None: there is none here."""
+def find_campaigns(hardware: str, root: Path = VALIDATION) -> list[Campaign]:
+    """The validations on this hardware profile, a model each; empty: there are none here."""
+    found = []
     for path in sorted(root.glob("*/*/plan.json")):
         plan = json.loads(path.read_text(encoding="utf-8"))
         report = path.with_name("report.json")
-        if (plan["hardware"], plan["geometry"]) == (hardware, geometry) and report.is_file():
-            return Campaign(path.parent, plan, json.loads(report.read_text(encoding="utf-8")))
-    return None
+        if plan["hardware"] == hardware and report.is_file():
+            told = json.loads(report.read_text(encoding="utf-8"))
+            found.append(Campaign(path.parent, plan, told))
+    return found
 
 
 def confidence_in(
-    found: Found, setting: Setting, percentile: str, campaign: Campaign | None
+    found: Found, setting: Setting, percentile: str, campaigns: Sequence[Campaign]
 ) -> Confidence:
-    """What is known of the error of a predicted TPOT."""
+    """What is known of the error of a predicted TPOT.
+
+    Errors are those of the model's own campaign, or, for a policy that is not in it, of all
+    ``campaigns`` of the machine.
+    """
+    own = [each for each in campaigns if each.plan["geometry"] == setting.geometry.name]
     if setting.timing.provenance != "calibrated":
-        return Confidence("estimated", _why_estimated(setting, campaign))
-    if campaign is None:
+        return Confidence("estimated", _why_estimated(setting, own))
+    if not own:
         why = "measured times of this model on this machine; nobody has validated them"
         return Confidence("calibrated", f"{why} (see moesim validate)")
-    errors = _errors(campaign, found.prefetches, percentile)
     batch = setting.workload.max_batch
-    if batch > 1 or not len(errors):
-        of = f"{batch} requests at a time were" if batch > 1 else "no such policy was"
-        return Confidence("calibrated", f"measured times; {of} not validated", campaign.name)
+    if batch > 1:
+        why = f"measured times; {batch} requests at a time were not validated"
+        return Confidence("calibrated", why, own[0].name)
+    is_own = found.policy in own[0].policies
+    used = own if is_own else campaigns
+    errors = np.concatenate([_errors(each, found.prefetches, percentile) for each in used])
     worst = float(errors.max())
     kind = "that prefetch" if found.prefetches else "that copy on demand"
-    why = f"of policies {kind}, one request at a time"
+    models = "this model" if is_own else " and ".join(each.plan["geometry"] for each in used)
+    why = f"policies {kind} on {models}, one request at a time"
     return Confidence(
         level="validated",
-        why="; ".join([why, *_beyond(found, setting, percentile, campaign)]),
-        source=campaign.name,
+        why="; ".join([why, *_beyond(found, setting, percentile, own[0])]),
+        source=own[0].name if is_own else str(Path(own[0].name).parent),
         points=len(errors),
         median_error=float(np.median(errors)),
         worst_error=worst,
@@ -100,12 +116,13 @@ def confidence_in(
     )
 
 
-def _why_estimated(setting: Setting, campaign: Campaign | None) -> str:
+def _why_estimated(setting: Setting, campaigns: Sequence[Campaign]) -> str:
     why = "from bytes and flops, not measured; the error is not known"
-    if campaign is None or campaign.timings is None:
+    timings = next((each.timings for each in campaigns if each.timings), None)
+    if timings is None:
         return why
-    shown = campaign.timings.relative_to(VALIDATION.parent)
-    dtype = load_timings(str(campaign.timings)).expert_dtype
+    shown = timings.relative_to(VALIDATION.parent)
+    dtype = load_timings(str(timings)).expert_dtype
     own = setting.geometry.expert_dtype
     if dtype == own:
         return f"{why}. Times were measured: --timings {shown}"
@@ -127,9 +144,8 @@ def _errors(campaign: Campaign, prefetches: bool, percentile: str) -> Any:
 def _beyond(found: Found, setting: Setting, percentile: str, campaign: Campaign) -> list[str]:
     """What was not among the validated points."""
     said = []
-    names = sorted({point["policy"] for point in campaign.report["points"]})
-    if found.policy not in names:
-        said.append(f"{found.policy} was not among them ({', '.join(names)} were)")
+    if found.policy not in campaign.policies:
+        said.append(f"{found.policy} was not measured on this model")
     shares = [float(parse_expert_budget(text).value) for text in campaign.plan["budgets"]]
     if not min(shares) <= found.expert_share <= max(shares):
         low, high = (f"{share * 100:g}" for share in (min(shares), max(shares)))

@@ -112,7 +112,7 @@ class System:
     def smallest(self, choices: Choices, most: int | None = None) -> int | None:
         """The fewest slots a layer with which any policy meets the target; None: not even all.
 
-        ``most``: with so many somebody does, whoever; no more are tried.
+        ``most``: try no more than that, and take it that somebody does with so many.
         """
         if most is None and self.meets(self.at_slots([], self.experts)).empty:
             return None
@@ -178,6 +178,10 @@ class System:
     def best_in(self, choices: Choices, nbytes: int) -> Found | None:
         """The fastest in so much memory, by policy; None where nothing can run."""
         return self._fastest(self.in_memory(choices.values(), nbytes), None)
+
+    def meeting_at(self, choices: Choices, slots: int) -> Found | None:
+        """The fastest of those that meet the target with so many slots a layer."""
+        return self._fastest(self.meets(self.at_slots(choices.values(), slots)), slots)
 
     def meeting_in(self, choices: Choices, nbytes: int) -> Found | None:
         """The fastest of those that meet the target in so much memory."""

@@ -81,8 +81,8 @@ def _beside(advice: Advice, found: Found) -> Iterator[str]:
     oracle = advice.oracle
     if oracle is None:
         return
-    if oracle.gpu_memory_bytes >= found.gpu_memory_bytes:
-        yield "an oracle that knows the future would need as much memory"
+    if oracle.slots == found.slots:
+        yield "an oracle that knows the future would need as many slots"
         return
     there = oracle.gpu_memory_bytes <= advice.system["limit_bytes"]
     could = "" if advice.met else (", which is there" if there else ", which is not there either")
@@ -202,7 +202,7 @@ def _one_confidence(each: Confidence) -> str:
     return (
         f"validated: {each.low_ms:.1f} to {each.high_ms:.1f} ms a token, as {each.points} measured "
         f"points were off by {each.median_error * 100:.1f} % in the median and "
-        f"{each.worst_error * 100:.1f} % at worst ({each.source}); {each.why}"
+        f"{each.worst_error * 100:.1f} % at worst: {each.why} ({each.source})"
     )
 
 
