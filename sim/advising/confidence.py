@@ -18,6 +18,7 @@ from configs.timings import load_timings
 from configs.units import parse_expert_budget
 from sim.advising.search import Found
 from sim.point import Setting
+from sim.wording import listed
 
 VALIDATION = Path(__file__).resolve().parents[2] / "validation"
 
@@ -102,7 +103,7 @@ def confidence_in(
     errors = np.concatenate([_errors(each, found.prefetches, percentile) for each in used])
     worst = float(errors.max())
     kind = "that prefetch" if found.prefetches else "that copy on demand"
-    models = "this model" if is_own else " and ".join(each.plan["geometry"] for each in used)
+    models = "this model" if is_own else listed([each.plan["geometry"] for each in used])
     why = f"policies {kind} on {models}, one request at a time"
     return Confidence(
         level="validated",

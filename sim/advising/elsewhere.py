@@ -84,7 +84,9 @@ def lines_for(asked: Asked, expert_bytes: int, pins: Pins, split_ms: float | Non
     geometry = asked.setting.geometry
     memory = f"{expert_bytes / 2**30:.1f} GiB of {geometry.expert_dtype} experts"
     nearest = "moesim has no such policy" + (
-        "" if split_ms is None else f"; the nearest, fiddler, takes {split_ms:.1f} ms a token"
+        " (the nearest: fiddler, if --policies names it)"
+        if split_ms is None
+        else f"; the nearest, fiddler, takes {split_ms:.1f} ms a token"
     )
     covered = f"{pins.covered_share * 100:.0f} %"
     return [

@@ -187,7 +187,8 @@ def _against(now: Found | None, then: Found) -> str:
 
 
 def _confidence_words(advice: Advice) -> Iterator[str]:
-    said = {name: _one_confidence(each) for name, each in advice.confidence.items()}
+    target = advice.question.tpot_ms
+    said = {name: _one_confidence(each, target) for name, each in advice.confidence.items()}
     yield ""
     if len(set(said.values())) == 1:
         yield f"Confidence: {next(iter(said.values()))}"
@@ -196,11 +197,13 @@ def _confidence_words(advice: Advice) -> Iterator[str]:
         yield f"Confidence, {name}: {words}"
 
 
-def _one_confidence(each: Confidence) -> str:
+def _one_confidence(each: Confidence, target_ms: float | None) -> str:
     if each.median_error is None or each.worst_error is None:
         return f"{each.level}: {each.why}"
+    high = each.high_ms or 0.0
+    missed = " (so it may miss the target)" if target_ms is not None and high > target_ms else ""
     return (
-        f"validated: {each.low_ms:.1f} to {each.high_ms:.1f} ms a token, as {each.points} measured "
+        f"validated: {each.low_ms:.1f} to {high:.1f} ms a token{missed}, as {each.points} measured "
         f"points were off by {each.median_error * 100:.1f} % in the median and "
         f"{each.worst_error * 100:.1f} % at worst: {each.why} ({each.source})"
     )
