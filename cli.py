@@ -12,6 +12,7 @@ from configs.errors import UserError
 from policies.errors import PolicyError
 from replay.commands import calibrate, quality, replay, validate
 from sim import commands as simulation
+from sim import commands_advise as advise
 from sim import commands_fit_engine as fit_engine
 from sim import commands_serve as serve
 from sim import simulate
@@ -83,6 +84,7 @@ inspect.register(app)
 subset.register(app)
 train_predictor.register(app)
 simulation.register(app)
+advise.register(app)
 serve.register(app)
 fit_engine.register(app)
 calibrate.register(app)

@@ -7,12 +7,18 @@ expert. The set is loaded before the clock starts.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from policies.caches import cache_rule
 from policies.errors import PolicyError
 from policies.interface import CacheRule, Keys, PolicyData
 from policies.registry import Params
+
+
+def most_popular(counts: Sequence[int], slots: int) -> list[int]:
+    """The ``slots`` experts of a layer with the largest counts, by id; ties: the lowest ids."""
+    ranked = sorted(range(len(counts)), key=lambda expert: (-counts[expert], expert))
+    return sorted(ranked[:slots])
 
 
 class Static(CacheRule):
@@ -30,8 +36,7 @@ class Static(CacheRule):
         chosen = []
         for layer, counts in enumerate(self._popularity):
             slots = plan.capacity[plan.pool_of_layer[layer]] // plan.unit_of_layer[layer]
-            ranked = sorted(range(shape.experts), key=lambda expert: (-counts[expert], expert))
-            chosen += [layer * shape.experts + expert for expert in sorted(ranked[:slots])]
+            chosen += [layer * shape.experts + expert for expert in most_popular(counts, slots)]
         return chosen
 
     def refused(self, layer: int, keys: Keys, misses: Keys) -> Collection[int]:

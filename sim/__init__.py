@@ -21,6 +21,7 @@ sweeps     many points
 ranking    who wins where, in tables and words
 plots      figures
 fit_engine another engine, from a few of its speeds
+advising   how much memory, which policy, what would help
 =========  ==============================================================
 """
 
@@ -31,13 +32,17 @@ from typing import Any
 
 import pandas as pd
 
+from sim.advising import Advice, Question, advise
 from sim.point import Point, inputs_for, run_point
 from sim.sweeps import SweepConfig, flatten, load_config, read_results, sweep
 from tracer.trace import Trace
 
 __all__ = [
+    "Advice",
     "Point",
+    "Question",
     "SweepConfig",
+    "advise",
     "load_config",
     "read_results",
     "run_point",

@@ -17,7 +17,9 @@ from configs.errors import UserError
 from configs.units import format_bytes
 from sim import commands_compare, commands_report, commands_timeline
 from sim.options import (
+    BatchOption,
     BudgetOption,
+    ContextOption,
     DtypeOption,
     ExpertBudgetOption,
     FitShareOption,
@@ -105,6 +107,8 @@ def simulate_command(
     touch_order: TouchOrderOption = "last-use",
     fit_share: FitShareOption = None,
     seed: SeedOption = 0,
+    batch: BatchOption = 1,
+    context: ContextOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")
     ] = False,
@@ -132,6 +136,8 @@ def simulate_command(
         max_tokens=max_tokens,
         fit_share=fit_share,
         seed=seed,
+        batch=batch,
+        context=context,
     )
     opened = Trace.open(trace)
     tell_notes(opened)

@@ -98,7 +98,7 @@ def compare_command(
     config, left_out = leave_out(config, opened)
     if figure is not None:
         _check_figure(config, figure)
-    with _Progress() as progress:
+    with PointsBar() as progress:
         frame = sweep(config, out=out, jobs=jobs, trace=opened, progress=progress.tell)
     comparison = compare(frame, left_out)
     if as_json:
@@ -153,7 +153,7 @@ def _draw(frame: Any, figure: Path) -> None:
         print(f"moesim: drew {path}", file=sys.stderr)
 
 
-class _Progress:
+class PointsBar:
     """A bar on stderr that appears with the first point: before, an error is all there is."""
 
     def __init__(self) -> None:
@@ -163,7 +163,7 @@ class _Progress:
         self._task = self._bar.add_task("points", total=None)
         self._shown = False
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> PointsBar:
         return self
 
     def tell(self, done: int, total: int) -> None:

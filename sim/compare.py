@@ -126,9 +126,14 @@ def choices_of(text: str) -> tuple[PolicyChoice, ...]:
 
     Raises UserError for text of another form; names and parameters are checked by the sweep.
     """
-    chosen = [_choice(item.strip()) for item in text.split(",")]
+    chosen = chosen_of(text)
     beside = (PolicyChoice(name=RESIDENT), PolicyChoice(name="belady-bypass"), BOUND)
     return (*chosen, *(each for each in beside if each not in chosen))
+
+
+def chosen_of(text: str) -> tuple[PolicyChoice, ...]:
+    """As :func:`choices_of`, of those that the text names alone."""
+    return tuple(_choice(item.strip()) for item in text.split(","))
 
 
 def _choice(item: str) -> PolicyChoice:
@@ -175,6 +180,8 @@ def _no_requests(config: SweepConfig, trace: TraceSource) -> str | None:
             max_tokens=config.max_tokens,
             fit_share=config.judged_fit_share,
             learned=config.learned,
+            batch=config.batch,
+            context=config.context,
         )
     except UserError as error:
         return str(error)
@@ -188,7 +195,7 @@ def compare(frame: pd.DataFrame, left_out: Sequence[NotRunnable] = ()) -> Compar
     that failed beside others of their policy, and faults of ours, are ``failed``. Raises UserError
     where nothing succeeded.
     """
-    missing, failed = _split_failures(frame)
+    missing, failed = split_failures(frame)
     if not (frame["status"] == "ok").any():
         raise UserError(f"no policy could run; the first: {(*map(str, missing), *failed)[0]}")
     points = prepare(frame)
@@ -196,7 +203,8 @@ def compare(frame: pd.DataFrame, left_out: Sequence[NotRunnable] = ()) -> Compar
     return Comparison(tables, (*left_out, *missing), failed, is_estimated(points))
 
 
-def _split_failures(frame: pd.DataFrame) -> tuple[tuple[NotRunnable, ...], tuple[str, ...]]:
+def split_failures(frame: pd.DataFrame) -> tuple[tuple[NotRunnable, ...], tuple[str, ...]]:
+    """Policies none of whose points ran, and why; points that failed beside others of theirs."""
     missing: list[NotRunnable] = []
     failed: list[str] = []
     for label, rows in frame.groupby("label", sort=False):

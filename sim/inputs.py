@@ -11,8 +11,16 @@ import pandas as pd
 
 from configs.errors import UserError
 from policies.interface import EventTable, Signals
+from sim.batches import compose, refuse_composing
 from tracer.manifest import Manifest
-from tracer.workload import Ragged, Workload, first_use, next_use, popularity
+from tracer.workload import (
+    Ragged,
+    Schedule,
+    Workload,
+    first_use,
+    next_use,
+    popularity,
+)
 
 BASE_COLUMNS = ("request", "step", "phase", "position", "experts")
 
@@ -62,7 +70,9 @@ class Inputs:
     policies; the others are judged. ``learned``: learned columns that policies read; the requests
     that trained their predictors are set aside in place of that share, where there are any.
     ``requests``: of the rows read, those of these requests only. ``fit_requests``: others that
-    fitted policies learn from, in place of a share.
+    fitted policies learn from, in place of a share. ``batch``: requests that run together
+    (:mod:`sim.batches`; 1: as recorded), the fitted ones too, as far as there are so many.
+    ``context``: KV tokens to reserve for a request (None: what the longest judged one has).
 
     ``fitted_on`` and ``judged`` are the two sides, ``set_aside_for`` says why they were parted
     (None: they were not), ``notes`` what a user should be told of it.
@@ -77,6 +87,8 @@ class Inputs:
         learned: Sequence[str] = (),
         requests: Sequence[int] | None = None,
         fit_requests: Sequence[int] = (),
+        batch: int = 1,
+        context: int | None = None,
     ) -> None:
         if max_tokens is not None and max_tokens < 1:
             raise UserError(f"--max-tokens {max_tokens}: give at least 1")
@@ -105,11 +117,36 @@ class Inputs:
             self._part_for_fitting(present)
         fitted = set(self.fitted_on)
         self.judged = [request for request in present if request not in fitted]
+        self.batch = batch
+        self.context = context
+        if batch > 1:
+            self._refuse_batch()
+        if context is not None:
+            self._refuse_context(context)
         self._workloads: dict[str, Workload] = {}
         self._futures: dict[str, tuple[Any, Any]] = {}
         self._lookahead: dict[tuple[str, int, str], Ragged] = {}
         self._popularity: Any = None
         self._fit: RecordedRows | None = None
+
+    def _refuse_batch(self) -> None:
+        """Raise UserError where so many cannot be put together; the notes say what is."""
+        refuse_composing(self._columns, self.judged, self.batch, len(self.fitted_on))
+        self.notes = (
+            *self.notes,
+            f"{self.batch} requests run together: {len(self.judged)} of the trace, each whole and "
+            "once; as one ends the next begins",
+        )
+
+    def _refuse_context(self, context: int) -> None:
+        position = self._columns["position"]
+        longest = int(position.max()) + 1
+        if context < longest:
+            request = self._columns["request"][position.argmax()]
+            raise UserError(
+                f"--context {context}: request {request} of the trace has {longest} tokens: give "
+                "at least that, or leave --context out"
+            )
 
     def _keep_only(self, requests: Sequence[int]) -> None:
         present = set(self._columns["request"].tolist())
@@ -193,9 +230,17 @@ class Inputs:
                 self.num_experts,
                 requests=self.judged if self.fitted_on else None,
                 touch_order=touch_order,
+                schedule=self._schedule(self.judged),
+                context=self.context,
             )
             self._workloads[touch_order] = known
         return known
+
+    def _schedule(self, requests: Sequence[int]) -> Schedule | None:
+        """How these run together; None: as recorded."""
+        if self.batch == 1:
+            return None
+        return compose(self._columns, requests, min(self.batch, len(requests)))
 
     def future(self, touch_order: str) -> tuple[Any, Any]:
         """Next use of every entry, first use of every key: for declared oracles."""
@@ -212,7 +257,12 @@ class Inputs:
         if not self.fitted_on:
             return None
         if self._fit is None:
-            work = Workload(self._columns, self.num_experts, requests=self.fitted_on)
+            work = Workload(
+                self._columns,
+                self.num_experts,
+                requests=self.fitted_on,
+                schedule=self._schedule(self.fitted_on),
+            )
             self._fit = RecordedRows(self, work)
         return self._fit
 

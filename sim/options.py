@@ -50,4 +50,11 @@ FitShareOption = Annotated[
     float | None,
     typer.Option("--fit-share", help="Share of the requests that fitted policies learn from."),
 ]
+BatchOption = Annotated[
+    int, typer.Option("--batch", help="Requests that run together; 1: as recorded.")
+]
+ContextOption = Annotated[
+    int | None,
+    typer.Option("--context", help="KV tokens to reserve for a request; the longest without it."),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of policies that draw.")]

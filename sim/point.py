@@ -47,7 +47,9 @@ class Point(BaseModel):
     file of its measured times, in place of a shipped one. ``window``: chunks handed to the hardware
     at a time. ``fit_share``: share of the requests that fitted
     policies learn from (None: 0.3 for them, 0 for others). ``learned``: learned columns whose
-    training requests are set aside instead, beside those that the policy itself reads.
+    training requests are set aside instead, beside those that the policy itself reads. ``batch``:
+    requests that run together (1: as recorded, see :mod:`sim.batches`). ``context``: KV tokens to
+    reserve for a request (None: what the longest of the run has).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,6 +69,8 @@ class Point(BaseModel):
     fit_share: float | None = None
     learned: tuple[str, ...] = ()
     seed: int = Field(default=0, ge=0, le=2**62)
+    batch: int = Field(default=1, ge=1, le=2**16)
+    context: int | None = Field(default=None, ge=1, le=2**30)
 
     @property
     def label(self) -> str:
@@ -90,7 +94,14 @@ def inputs_of(kind: type[AnyInputs], trace: Any, point: Point) -> AnyInputs:
     if share is None:
         share = DEFAULT_FIT_SHARE if info.learns(options) else 0.0
     learned = dict.fromkeys((*point.learned, *learned_among(info.all_columns(params))))
-    return kind(trace, max_tokens=point.max_tokens, fit_share=share, learned=tuple(learned))
+    return kind(
+        trace,
+        max_tokens=point.max_tokens,
+        fit_share=share,
+        learned=tuple(learned),
+        batch=point.batch,
+        context=point.context,
+    )
 
 
 #: What decisions of time-independent policies do not depend on.

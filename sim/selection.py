@@ -39,6 +39,8 @@ _SYSTEM = {
     "point.max_tokens": "max tokens {:.0f}",
     "point.fit_share": "fit share {:g}",
     "point.seed": "seed {}",
+    "point.batch": "batch {:.0f}",
+    "point.context": "context {:.0f}",
 }
 _ALWAYS_NAMED = ("hardware", "link_bytes_per_s")
 _NEEDED = (

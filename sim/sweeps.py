@@ -60,9 +60,10 @@ from tracer.workload import TOUCH_ORDERS
 
 CONFIG_FILE, POINTS_FILE = "sweep.json", "points.jsonl"
 PARQUET_FILE, CSV_FILE = "results.parquet", "results.csv"
-RESULTS_SCHEMA = 2  # of a row; rows of different schemas do not share a directory
+RESULTS_SCHEMA = 3  # of a row; rows of different schemas do not share a directory
 
 Progress = Callable[[int, int], None]
+Rows = Iterable[dict[str, Any]]
 Scalar = str | int | float | bool
 NumberOrText = Annotated[str, Field(coerce_numbers_to_str=True)]
 
@@ -132,6 +133,8 @@ class SweepConfig(BaseModel):
     max_tokens: int | None = Field(default=None, ge=1)
     fit_share: float | None = Field(default=None, ge=0, lt=1)
     seed: int = Field(default=0, ge=0, le=2**62)
+    batch: int = Field(default=1, ge=1, le=2**16)
+    context: int | None = Field(default=None, ge=1, le=2**30)
 
     @model_validator(mode="after")
     def _one_kind_of_budget(self) -> Self:
@@ -197,6 +200,8 @@ class SweepConfig(BaseModel):
                     fit_share=fit_share,
                     learned=learned,
                     seed=self.seed,
+                    batch=self.batch,
+                    context=self.context,
                 )
                 seen.setdefault(point_id(point), point)
         return list(seen.values())
@@ -260,7 +265,7 @@ def sweep(
     config.check()
     opened: TraceSource = Trace.open(config.trace) if trace is None else trace
     points = config.points()
-    store = _Store(None if out is None else Path(out), config, opened.digest)
+    store = Store(None if out is None else Path(out), _identity(config, opened.digest))
     ids = [point_id(point) for point in points]
     rows = store.finished(set(ids))
     waiting = [point for point, name in zip(points, ids, strict=True) if name not in rows]
@@ -275,6 +280,16 @@ def sweep(
     frame = to_frame([rows[name] for name in ids])
     store.write_tables(frame)
     return frame
+
+
+@contextmanager
+def running(trace: TraceSource, points: list[Point], jobs: int = 1) -> Iterator[Rows]:
+    """Rows of points as they come, on ``jobs`` processes that end with the block.
+
+    What would stop all points is raised at the start, as UserError.
+    """
+    with _running(trace, points, jobs) as rows:
+        yield rows
 
 
 def to_frame(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
@@ -298,9 +313,6 @@ def read_results(directory: str | Path) -> pd.DataFrame:
 
 
 # ---------------------------------------------------------------------- running
-
-
-Rows = Iterable[dict[str, Any]]
 
 
 @contextmanager
@@ -355,10 +367,10 @@ class _Shared:
 
     def __init__(self, make: Callable[[Point], Inputs]) -> None:
         self._make = make
-        self._known: dict[tuple[int | None, float | None, tuple[str, ...]], Inputs] = {}
+        self._known: dict[tuple[Any, ...], Inputs] = {}
 
     def get(self, point: Point) -> Inputs:
-        key = (point.max_tokens, point.fit_share, point.learned)
+        key = (point.max_tokens, point.fit_share, point.learned, point.batch, point.context)
         if key not in self._known:
             self._known[key] = self._make(point)
         return self._known[key]
@@ -371,6 +383,8 @@ def _shared_inputs(trace: TraceSource) -> _Shared:
             max_tokens=point.max_tokens,
             fit_share=point.fit_share or 0.0,
             learned=point.learned,
+            batch=point.batch,
+            context=point.context,
         )
     )
 
@@ -484,26 +498,39 @@ def _read_row(path: Path, number: int, line: str) -> dict[str, Any]:
     return row
 
 
-class _Store:
-    """The results directory of one sweep; with no directory, nothing is kept."""
+def _identity(config: SweepConfig, digest: str) -> dict[str, Any]:
+    """What two runs have in common that may share a directory."""
+    return {
+        **config.model_dump(mode="json"),
+        **contents(config.hardware, config.geometry, config.dtype),
+        "trace digest": digest,
+    }
 
-    def __init__(self, out: Path | None, config: SweepConfig, digest: str) -> None:
+
+def contents(
+    hardware: Iterable[str], geometry: str | None, dtype: str | None = None
+) -> dict[str, Any]:
+    """What the named files hold, and who writes the results: a part of a directory's identity."""
+    return {
+        "hardware contents": [load_hardware(name).model_dump(mode="json") for name in hardware],
+        "geometry contents": None
+        if geometry is None
+        else load_geometry(geometry, dtype).model_dump(mode="json"),
+        "results schema": RESULTS_SCHEMA,
+        "version": produced_by()["moesim"],
+    }
+
+
+class Store:
+    """A directory of points' rows; with no directory, nothing is kept.
+
+    ``identity``: JSON-ready; a directory that holds results of another one is refused (UserError).
+    """
+
+    def __init__(self, out: Path | None, identity: dict[str, Any]) -> None:
         self._out = out
-        if out is None:
-            return
-        identity: dict[str, Any] = {
-            **config.model_dump(mode="json"),
-            "trace digest": digest,
-            "hardware contents": [
-                load_hardware(name).model_dump(mode="json") for name in config.hardware
-            ],
-            "geometry contents": None
-            if config.geometry is None
-            else load_geometry(config.geometry, config.dtype).model_dump(mode="json"),
-            "results schema": RESULTS_SCHEMA,
-            "version": produced_by()["moesim"],
-        }
-        self._claim(out, identity)
+        if out is not None:
+            self._claim(out, identity)
 
     @staticmethod
     def _claim(out: Path, identity: dict[str, Any]) -> None:
@@ -525,8 +552,11 @@ class _Store:
         text = json.dumps(identity, indent=1, sort_keys=True)
         write_atomically(path, f"{text}\n".encode())
 
-    def finished(self, wanted: set[str]) -> dict[str, dict[str, Any]]:
-        """Rows of wanted points that succeeded before; a last line cut off by a kill is dropped."""
+    def finished(self, wanted: set[str] | None = None) -> dict[str, dict[str, Any]]:
+        """Rows of wanted points (None: all) that succeeded before, by point.
+
+        A last line cut off by a kill is dropped.
+        """
         if self._out is None or not (self._out / POINTS_FILE).is_file():
             return {}
         path = self._out / POINTS_FILE
@@ -535,7 +565,9 @@ class _Store:
         if whole != text:
             write_atomically(path, whole.encode())
         lines = [_read_row(path, *line) for line in enumerate(whole.splitlines(), start=1)]
-        good = [row for row in lines if row["status"] == "ok" and row["point_id"] in wanted]
+        good = [row for row in lines if row["status"] == "ok"]
+        if wanted is not None:
+            good = [row for row in good if row["point_id"] in wanted]
         rows = {row["point_id"]: row for row in good}
         _note_other_commits(path, rows.values())
         return rows

@@ -46,7 +46,14 @@ def test_the_policy_of_the_readme_works() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["README.md", "docs/decisions.md", "docs/contract.md", "docs/serving.md"]
+    "path",
+    [
+        "README.md",
+        "docs/decisions.md",
+        "docs/contract.md",
+        "docs/serving.md",
+        "docs/advise.md",
+    ],
 )
 def test_files_that_the_docs_name_exist(path: str) -> None:
     text = (ROOT / path).read_text(encoding="utf-8")

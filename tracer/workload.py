@@ -201,11 +201,25 @@ def first_use(events: Ragged, size: int) -> IntArray:
     return result
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """Rows in another order than they were recorded in, and the step of each.
+
+    ``rows``: int [rows], of the trace's columns, each at most once; ``steps``: int [rows],
+    non-decreasing.
+    """
+
+    rows: IntArray
+    steps: IntArray
+
+
 class Workload:
     """The steps of a trace and their events, ready for a driver.
 
     ``columns``: arrays as :meth:`tracer.trace.Trace.load` gives them (at least request, step,
     phase, position, experts). ``requests``: the request ids to keep, all if ``None``.
+    ``schedule``: rows to keep, and their steps, in place of those; ``context``: KV tokens to
+    reserve for a request, where that is more than the longest has.
     """
 
     def __init__(
@@ -215,10 +229,14 @@ class Workload:
         *,
         requests: Sequence[int] | None = None,
         touch_order: str = "last-use",
+        schedule: Schedule | None = None,
+        context: int | None = None,
     ) -> None:
-        keep = slice(None)
-        if requests is not None:
-            keep = np.isin(columns["request"], np.asarray(requests))  # type: ignore[assignment]
+        keep: IntArray | slice = slice(None)
+        if schedule is not None:
+            keep = schedule.rows
+        elif requests is not None:
+            keep = np.isin(columns["request"], np.asarray(requests))
         self._columns = columns
         self._keep = keep
         self.request_of_row = columns["request"][keep]
@@ -229,7 +247,8 @@ class Workload:
         self.top_k: int = self.experts.shape[2]
         self.num_experts = num_experts
         self.touch_order = touch_order
-        raw_steps = columns["step"][keep]
+        self._context = context or 0
+        raw_steps = columns["step"][keep] if schedule is None else schedule.steps
         boundary = np.concatenate(([True], raw_steps[1:] != raw_steps[:-1]))
         self.step_of_row = np.cumsum(boundary) - 1
         self.row_of_step = np.flatnonzero(boundary)
@@ -262,8 +281,8 @@ class Workload:
 
     @property
     def max_context(self) -> int:
-        """Longest context of any request, in tokens."""
-        return int(self.position_of_row.max()) + 1
+        """Longest context of any request, in tokens, or what is reserved for one."""
+        return max(int(self.position_of_row.max()) + 1, self._context)
 
     @property
     def max_batch(self) -> int:
