@@ -5,11 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -20,6 +23,8 @@ PROVENANCE = "provenance"
 """Name of the field that `configs.hardware` makes of the sources, which no file has."""
 
 Model = TypeVar("Model", bound=BaseModel)
+
+_sent: ContextVar[Mapping[str, str]] = ContextVar("_sent", default={})  # noqa: B039, never changed
 
 
 def names_in(folder: str) -> list[str]:
@@ -39,11 +44,43 @@ def find(name_or_path: str | os.PathLike[str], folder: str, what: str) -> Traver
         return resources.files("configs") / folder / f"{text}.yaml"
     if not _is_path(name_or_path):
         raise unknown_name(what, text, names_in(folder), "or give the path of a YAML file")
+    if text in _sent.get():
+        return cast(Traversable, _SentFile(text, _sent.get()[text]))
     path = Path(text)
     if not path.is_file():
         known = ", ".join(names_in(folder))
         raise UserError(f"{what} file {text!r} is not there; mend the path, or use one of: {known}")
     return path
+
+
+def user_files(names: Iterable[str], folder: str) -> dict[str, str]:
+    """Text of those of `names` that are paths of the user's files, by path, for `sent_files`."""
+    paths = sorted(set(names) - set(names_in(folder)))
+    return {path: Path(path).read_text(encoding="utf-8") for path in paths}
+
+
+@contextmanager
+def sent_files(texts: Mapping[str, str]) -> Iterator[None]:
+    """Within the block these paths have these texts: files of another machine's user."""
+    before = _sent.set(texts)
+    try:
+        yield
+    finally:
+        _sent.reset(before)
+
+
+@dataclass(frozen=True)
+class _SentFile:
+    """What `read_yaml` needs of a file."""
+
+    path: str
+    text: str
+
+    def read_text(self, encoding: str) -> str:
+        return self.text
+
+    def __str__(self) -> str:
+        return self.path
 
 
 def unknown_name(what: str, name: str, known: Sequence[str], hint: str = "") -> UserError:
