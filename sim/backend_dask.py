@@ -7,7 +7,9 @@ is lost with the workers that hold it, and copies are dropped and fetched again)
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import signal
 import threading
 import time
 import uuid
@@ -17,7 +19,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from distributed import Client, KilledWorker, LocalCluster, WorkerPlugin
+from distributed import Client, KilledWorker, LocalCluster, Security, WorkerPlugin
+from distributed.comm import connect
 
 from configs.errors import UserError
 from sim.backend_cluster import ClusterBackend
@@ -48,6 +51,7 @@ class Dask:
     def workers(self, arrays: ArrayTrace) -> Iterator[Workers]:
         """Connect, compare the code, send the arrays."""
         with ExitStack() as stack:
+            stack.enter_context(_quiet())
             client = stack.enter_context(
                 _own_cluster(self.jobs or 1) if self.scheduler is None else _connect(self.scheduler)
             )
@@ -60,6 +64,20 @@ class Dask:
             at_once = "all" if self.scheduler is None or self.jobs is None else self.jobs
             options = {"backend": backend, "batch_size": 1, "pre_dispatch": at_once}
             yield Workers(source, options)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What Dask's client logs of lost workers and schedulers, a sweep says itself, in one line."""
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("distributed")]
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _backend(client: Client) -> ClusterBackend:
@@ -95,25 +113,39 @@ def _own_cluster(jobs: int) -> Iterator[Client]:
             host="127.0.0.1",
             dashboard_address=None,
             memory_limit=0,
+            silence_logs=logging.CRITICAL,
         ) as cluster,
-        Client(cluster) as client,
+        Client(cluster, set_as_default=False) as client,
     ):
+        client.run(_ignore_ctrl_c)
         yield client
+
+
+def _ignore_ctrl_c() -> None:
+    """A terminal tells all its processes; ours end when their client does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
 def _connect(scheduler: str) -> Iterator[Client]:
     try:
-        client = Client(scheduler, timeout=CONNECT_S, set_as_default=False)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        asyncio.run(asyncio.wait_for(_probe(scheduler), CONNECT_S + 1))
+    except Exception as error:  # a stranger may answer anything
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"--scheduler {scheduler}: no Dask scheduler answers there ({reason}); give the "
             "address that `dask scheduler` prints, such as tcp://10.0.0.5:8786"
         ) from error
-    with client:
+    with Client(scheduler, timeout=CONNECT_S, set_as_default=False) as client:
         _await_a_worker(client, scheduler)
         yield client
+
+
+async def _probe(scheduler: str) -> None:
+    """A client that fails to connect would hang for a while as it is dropped."""
+    options = Security().get_connection_args("client")
+    comm = await connect(scheduler, timeout=CONNECT_S, **options)
+    await comm.close()
 
 
 def _await_a_worker(client: Client, scheduler: str) -> None:

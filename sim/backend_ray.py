@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,12 +102,15 @@ def _connected(jobs: int, scheduler: str | None) -> Iterator[None]:
     else:
         _check_listens(scheduler)
         options["address"] = scheduler
+    on_term = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"--scheduler {scheduler}: Ray cannot use it ({reason})") from error
+        raise UserError(f"--backend ray: Ray does not start ({reason})") from error
     try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_term)  # Ray puts its own in place
         yield
     finally:
         ray.shutdown()
