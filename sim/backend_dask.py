@@ -31,6 +31,7 @@ from tracer.arrays import ArrayTrace
 
 NO_WORKER_S = 60
 """How long a cluster may be without a worker in mid-sweep."""
+LOOK_S = 1
 
 _log = logging.getLogger("distributed.moesim")  # shown as Dask's own messages are
 _received: dict[str, ArrayTrace] = {}
@@ -229,7 +230,7 @@ def _watch(
     has_workers: Callable[[], bool], stop: threading.Event, give_up: Callable[[Exception], None]
 ) -> None:
     seen = time.monotonic()
-    while not stop.wait(1):
+    while not stop.wait(LOOK_S):
         if has_workers():
             seen = time.monotonic()
         elif time.monotonic() - seen > NO_WORKER_S:
