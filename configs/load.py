@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import os
@@ -9,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -138,7 +140,7 @@ def first_problem(error: ValidationError) -> str:
 
 def _mapping(file: Traversable) -> dict[str, Any]:
     try:
-        data = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        data = copy.deepcopy(_parsed(file.read_text(encoding="utf-8")))
     except RecursionError:
         raise UserError(f"{file}: nested too deeply; write lines of 'field: value'") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: no text, a number or date too large
@@ -147,6 +149,12 @@ def _mapping(file: Traversable) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{file}: holds {data!r:.40}, not lines of the form 'field: value'")
     return data
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> Any:
+    """A sweep reads the same files for each of its points; an edited one has another text."""
+    return yaml.load(text, Loader=_UniqueKeyLoader)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -150,4 +150,4 @@ def ray_cluster(path: Path) -> Iterator[tuple[str, psutil.Process]]:
 def ray_workers(head: psutil.Process) -> list[int]:
     """Processes that run a task of ours."""
     children = head.children(recursive=True)
-    return [child.pid for child in children if "ray::_run" in " ".join(child.cmdline())]
+    return [child.pid for child in children if child.name().startswith(("ray::_run", "ray::IDLE"))]
