@@ -13,7 +13,18 @@ from typing import Any
 
 from joblib.parallel import ParallelBackendBase
 
+from configs.errors import UserError
+
 Callback = Callable[[Any], None]
+
+
+def cannot_run(worker: str, error: BaseException) -> UserError:
+    """The error for a worker without moesim, or with one of another age."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return UserError(
+        f"{worker} cannot run moesim ({reason}): install the same version on all machines and "
+        "start the workers again"
+    )
 
 
 class ClusterBackend(ParallelBackendBase):
@@ -56,7 +67,10 @@ class ClusterBackend(ParallelBackendBase):
 
     def retrieve_result_callback(self, out: Callable[[], Any]) -> Any:
         """What :meth:`_done` was given: a result or an error."""
-        return out()
+        try:
+            return out()
+        except (ImportError, AttributeError) as error:  # the task could not be unpickled there
+            raise cannot_run("a worker", error) from error
 
     def give_up(self, error: BaseException) -> None:
         """End the sweep with an error, whatever the cluster does."""

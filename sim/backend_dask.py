@@ -23,7 +23,7 @@ from distributed import Client, KilledWorker, LocalCluster, Security, WorkerPlug
 from distributed.comm import connect
 
 from configs.errors import UserError
-from sim.backend_cluster import ClusterBackend
+from sim.backend_cluster import ClusterBackend, cannot_run
 from sim.backends import CONNECT_S, Mapped, Source, Workers, WorkersLost
 from sim.inputs import TraceSource
 from sim.same_code import fingerprint, refuse_other
@@ -162,11 +162,7 @@ def _check_workers(client: Client) -> None:
     """Later workers check themselves, in each task."""
     for worker, found in client.run(fingerprint, on_error="return").items():
         if isinstance(found, BaseException):
-            reason = " ".join(f"{type(found).__name__}: {found}".split())
-            raise UserError(
-                f"worker {worker} cannot run moesim ({reason}): install the same version on all "
-                "machines and start the workers again"
-            ) from found
+            raise cannot_run(f"worker {worker}", found) from found
         refuse_other(worker, fingerprint(), found)
 
 

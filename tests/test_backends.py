@@ -26,6 +26,7 @@ import cli
 import sim.running as running_module
 from configs.errors import UserError
 from sim import SweepConfig, backends, sweep
+from sim.backend_cluster import ClusterBackend
 from sim.same_code import check_same_code, fingerprint
 from tests.clusters import ROOT, Cluster, dask_cluster, ray_cluster, ray_workers, wait_until
 from tests.traces import make_trace
@@ -384,6 +385,18 @@ def test_a_ray_cluster_gets_the_arrays_and_runs_lost_points_again(
         )
     assert killed
     assert_equal_bytes(tmp_path / "out", expected)
+
+
+def test_a_task_that_a_worker_cannot_read_is_one_line() -> None:
+    def unreadable() -> Any:
+        raise ModuleNotFoundError("No module named 'sim'")
+
+    backend = ClusterBackend(lambda task: None, lambda future, task: None, cores=1)
+    with pytest.raises(
+        UserError, match=r"a worker cannot run moesim \(ModuleNotFoundError: No mod"
+    ):
+        backend.retrieve_result_callback(unreadable)
+    assert backend.effective_n_jobs(1) == 2
 
 
 # What is chosen
