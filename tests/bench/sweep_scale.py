@@ -99,12 +99,12 @@ def race(options: argparse.Namespace) -> dict[str, Any]:
                 out = Path(scratch) / f"{name}-{turn}"
                 runs[name].append(run(name, config, out, options.points))
                 digests.add(digest(out))
-    assert len(digests) == 1, "variants wrote different bytes"
     head = f"{'variant':8} {'seconds':>22} {'points/s':>20} {'CPU s':>6} {'peak RSS':>9} {'PSS':>9}"
     print(f"{options.points} points, {options.rounds} rounds, {os.cpu_count()} cores")
     print(f"{head} {'load':>8}")
     for name, turns in runs.items():
         print(row(name, turns))
+    assert len(digests) == 1, "variants wrote different bytes (or the commit changed meanwhile)"
     return {"points": options.points, "cores": os.cpu_count(), "variants": runs}
 
 
