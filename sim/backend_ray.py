@@ -98,7 +98,7 @@ def _result_of(future: Any, task: int) -> Any:
 def _connected(jobs: int, scheduler: str | None) -> Iterator[None]:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if scheduler is None:
-        options |= {"num_cpus": jobs, "include_dashboard": False}
+        options |= {"address": "local", "num_cpus": jobs, "include_dashboard": False}
     else:
         _check_listens(scheduler)
         options["address"] = scheduler
