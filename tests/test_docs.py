@@ -45,7 +45,9 @@ def test_the_policy_of_the_readme_works() -> None:
     assert ran.returncode == 0, ran.stderr
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/decisions.md", "docs/contract.md"])
+@pytest.mark.parametrize(
+    "path", ["README.md", "docs/decisions.md", "docs/contract.md", "docs/scaling.md"]
+)
 def test_files_that_the_docs_name_exist(path: str) -> None:
     text = (ROOT / path).read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)#:]+)\)", text)
