@@ -2,6 +2,7 @@
 # make test   lint, types and tests (installs torch and transformers)
 # make exhaustive  the slow checks against brute force
 # make bench  speed, beside a plain SimPy model of the same system
+# make bench-sweep  2,000 points of the sample on two processes: points/s and peak memory
 # make policies TRACES="sample DIR ..." [QUALITY="FILE ..."]  docs/policies.md: every policy on these
 #   traces; QUICK=1 rehearses into out/policies-quick
 PYTHON ?= python3
@@ -11,7 +12,7 @@ TRACES ?= sample
 BIN = .venv/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test bench lint clean install exhaustive policies
+.PHONY: demo test bench bench-sweep lint clean install exhaustive policies
 
 install: .venv/.light
 
@@ -46,6 +47,9 @@ exhaustive: .venv/.full
 
 bench: .venv/.full
 	$(BIN)/python -m tests.bench
+
+bench-sweep: .venv/.full
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.sweep_scale
 
 policies: .venv/.full
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.results_page $(addprefix --trace ,$(TRACES)) \

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -20,6 +25,8 @@ PROVENANCE = "provenance"
 """Name of the field that `configs.hardware` makes of the sources, which no file has."""
 
 Model = TypeVar("Model", bound=BaseModel)
+
+_sent: ContextVar[Mapping[str, str]] = ContextVar("_sent", default={})  # noqa: B039, never changed
 
 
 def names_in(folder: str) -> list[str]:
@@ -39,11 +46,43 @@ def find(name_or_path: str | os.PathLike[str], folder: str, what: str) -> Traver
         return resources.files("configs") / folder / f"{text}.yaml"
     if not _is_path(name_or_path):
         raise unknown_name(what, text, names_in(folder), "or give the path of a YAML file")
+    if text in _sent.get():
+        return cast(Traversable, _SentFile(text, _sent.get()[text]))
     path = Path(text)
     if not path.is_file():
         known = ", ".join(names_in(folder))
         raise UserError(f"{what} file {text!r} is not there; mend the path, or use one of: {known}")
     return path
+
+
+def user_files(names: Iterable[str], folder: str) -> dict[str, str]:
+    """Text of those of `names` that are paths of the user's files, by path, for `sent_files`."""
+    paths = sorted(set(names) - set(names_in(folder)))
+    return {path: Path(path).read_text(encoding="utf-8") for path in paths}
+
+
+@contextmanager
+def sent_files(texts: Mapping[str, str]) -> Iterator[None]:
+    """Within the block these paths have these texts: files of another machine's user."""
+    before = _sent.set(texts)
+    try:
+        yield
+    finally:
+        _sent.reset(before)
+
+
+@dataclass(frozen=True)
+class _SentFile:
+    """What `read_yaml` needs of a file."""
+
+    path: str
+    text: str
+
+    def read_text(self, encoding: str) -> str:
+        return self.text
+
+    def __str__(self) -> str:
+        return self.path
 
 
 def unknown_name(what: str, name: str, known: Sequence[str], hint: str = "") -> UserError:
@@ -101,7 +140,7 @@ def first_problem(error: ValidationError) -> str:
 
 def _mapping(file: Traversable) -> dict[str, Any]:
     try:
-        data = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        data = copy.deepcopy(_parsed(file.read_text(encoding="utf-8")))
     except RecursionError:
         raise UserError(f"{file}: nested too deeply; write lines of 'field: value'") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: no text, a number or date too large
@@ -110,6 +149,12 @@ def _mapping(file: Traversable) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{file}: holds {data!r:.40}, not lines of the form 'field: value'")
     return data
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> Any:
+    """A sweep reads the same files for each of its points; an edited one has another text."""
+    return yaml.load(text, Loader=_UniqueKeyLoader)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

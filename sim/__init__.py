@@ -18,6 +18,9 @@ stretch    a part of a run as a timeline for Perfetto
 metrics    latencies, hits, bytes, time by cause
 serving    many requests: arrivals, batches
 sweeps     many points
+rows       a point's result as a row of a table
+running    a sweep's points, here or in workers
+backends   whose workers: joblib's own processes, Dask, Ray
 ranking    who wins where, in tables and words
 plots      figures
 fit_engine another engine, from a few of its speeds
@@ -34,7 +37,8 @@ import pandas as pd
 
 from sim.advising import Advice, Question, advise
 from sim.point import Point, inputs_for, run_point
-from sim.sweeps import SweepConfig, flatten, load_config, read_results, sweep
+from sim.rows import flatten
+from sim.sweeps import SweepConfig, load_config, read_results, sweep
 from tracer.trace import Trace
 
 __all__ = [

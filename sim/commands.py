@@ -213,7 +213,21 @@ def sweep_command(
     out: Annotated[
         Path, typer.Option("--out", help="Directory for results; a part of this sweep is resumed.")
     ],
-    jobs: Annotated[int, typer.Option("--jobs", help="Processes.")] = 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs",
+            help="Processes on this machine, 1 if not given; with --scheduler the most tasks under "
+            "way at a time, all if not given.",
+        ),
+    ] = None,
+    backend: Annotated[
+        str, typer.Option("--backend", help="Whose processes: loky (joblib's), dask or ray.")
+    ] = "loky",
+    scheduler: Annotated[
+        str | None,
+        typer.Option("--scheduler", help="Address of a running Dask or Ray cluster to use."),
+    ] = None,
 ) -> None:
     """Run all points of a sweep; print the ranking and which policy to pick.
 
@@ -221,6 +235,7 @@ def sweep_command(
     not run, or no point succeeded.
 
     Example: moesim sweep demo --out out/demo --jobs 2
+    Example: moesim sweep demo --out out/demo --backend dask --scheduler tcp://10.0.0.5:8786
     """
     from sim.sweeps import load_config, sweep
 
@@ -239,7 +254,14 @@ def sweep_command(
             bar.update(task, completed=done, total=total)
 
         try:
-            frame = sweep(chosen, out=out, jobs=jobs, progress=progress)
+            frame = sweep(
+                chosen,
+                out=out,
+                jobs=jobs,
+                backend=backend,
+                scheduler=scheduler,
+                progress=progress,
+            )
         except (KeyboardInterrupt, SystemExit) as stop:
             shown.close()
             print(

@@ -389,13 +389,18 @@ def linked(hardware: Hardware, link: str) -> Hardware:
         rate = parse_rate(link)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    bounds = Hardware.model_json_schema()["properties"]["link_bytes_per_s"]
-    low, high = bounds["minimum"], bounds["maximum"]
+    low, high = _link_bounds()
     if not low <= rate <= high:
         raise UserError(
             f"{where} is {rate / 1e9:g} GB/s: a link has {low / 1e9:g} to {high / 1e9:g} GB/s"
         )
     return hardware.with_link(rate)
+
+
+@functools.cache
+def _link_bounds() -> tuple[float, float]:
+    bounds = Hardware.model_json_schema()["properties"]["link_bytes_per_s"]
+    return bounds["minimum"], bounds["maximum"]
 
 
 def _policy_data(

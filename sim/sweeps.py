@@ -1,9 +1,9 @@
 """Sweeps: policies x budgets x links x hardware, one row a point.
 
-Points are independent; they run in this process or in joblib's workers, which share one
-memory-mapped copy of the trace. Finished points are appended to ``points.jsonl`` as they come, so a
+Points are independent; they run in this process or in joblib's workers (:mod:`sim.running`), on one
+machine or many. Finished points are appended to ``points.jsonl`` as they come, so a
 sweep that was broken off goes on where it stopped. At the end ``results.parquet`` and
-``results.csv`` hold all rows in the order of the configuration, whatever the number of jobs.
+``results.csv`` hold all rows in the order of the configuration, whoever ran them.
 """
 
 from __future__ import annotations
@@ -12,21 +12,14 @@ import hashlib
 import json
 import math
 import sys
-import tempfile
-import traceback
-import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from functools import lru_cache
-from itertools import chain, product
+from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 import pandas as pd
 import pyarrow as pa
-from joblib import Parallel, delayed
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -43,19 +36,12 @@ from configs.geometry import load_geometry
 from configs.hardware import load_hardware
 from configs.load import find, parse_json, read_yaml
 from configs.units import parse_bytes, parse_expert_budget, parse_rate
-from policies.errors import PolicyError
-from sim.inputs import BASE_COLUMNS, Inputs, TraceSource, learned_among
-from sim.point import (
-    DEFAULT_FIT_SHARE,
-    Point,
-    PointRunner,
-    can_share_decisions,
-    decisions_of,
-    linked,
-    produced_by,
-    timed_geometry,
-)
-from tracer.trace import Trace, load_arrays
+from sim import backends
+from sim.inputs import TraceSource, learned_among
+from sim.point import DEFAULT_FIT_SHARE, Point, linked, produced_by
+from sim.rows import Row, canonical
+from sim.running import running
+from tracer.trace import Trace
 from tracer.workload import TOUCH_ORDERS
 
 CONFIG_FILE, POINTS_FILE = "sweep.json", "points.jsonl"
@@ -228,7 +214,7 @@ def point_id(point: Point) -> str:
         meant["expert_budget"] = str(parse_expert_budget(point.expert_budget))
     if point.link is not None:
         meant["link"] = parse_rate(point.link)
-    return hashlib.sha256(_canonical(meant).encode()).hexdigest()[:16]
+    return hashlib.sha256(canonical(meant).encode()).hexdigest()[:16]
 
 
 def _check_scalar(name: object, value: object) -> None:
@@ -244,14 +230,17 @@ def sweep(
     config: SweepConfig | str | Path,
     *,
     out: str | Path | None = None,
-    jobs: int = 1,
+    jobs: int | None = None,
+    backend: str = "loky",
+    scheduler: str | None = None,
     trace: TraceSource | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Run all points; returns one row a point, in the configuration's order.
 
     ``config``: a :class:`SweepConfig`, the name of a shipped sweep, or a YAML file. ``out``: a
-    directory for results; finished points found there are not run again. ``jobs``: processes.
+    directory for results; finished points found there are not run again. ``jobs``, ``backend``,
+    ``scheduler``: who runs them, see :func:`sim.backends.choose`; results are the same.
     ``trace``: an opened trace in place of the configuration's. ``progress(done, total)`` is called
     as points finish. A point that fails is a row with ``status`` failed and its ``error``.
 
@@ -260,16 +249,15 @@ def sweep(
     """
     if not isinstance(config, SweepConfig):
         config = load_config(config)
-    if jobs < 1:
-        raise UserError(f"--jobs {jobs}: give at least 1")
+    chosen = backends.choose(backend, jobs, scheduler)
     config.check()
     opened: TraceSource = Trace.open(config.trace) if trace is None else trace
     points = config.points()
     store = Store(None if out is None else Path(out), _identity(config, opened.digest))
     ids = [point_id(point) for point in points]
     rows = store.finished(set(ids))
-    waiting = [point for point, name in zip(points, ids, strict=True) if name not in rows]
-    with _running(opened, waiting, jobs) as fresh:
+    waiting = {name: point for name, point in zip(ids, points, strict=True) if name not in rows}
+    with running(opened, waiting, chosen) as fresh:
         if progress is not None:
             progress(len(rows), len(points))
         for row in fresh:
@@ -282,17 +270,7 @@ def sweep(
     return frame
 
 
-@contextmanager
-def running(trace: TraceSource, points: list[Point], jobs: int = 1) -> Iterator[Rows]:
-    """Rows of points as they come, on ``jobs`` processes that end with the block.
-
-    What would stop all points is raised at the start, as UserError.
-    """
-    with _running(trace, points, jobs) as rows:
-        yield rows
-
-
-def to_frame(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
+def to_frame(rows: Iterable[Row]) -> pd.DataFrame:
     """Rows as a table; columns in the order in which they first appear."""
     return pd.DataFrame(list(rows))
 
@@ -312,169 +290,6 @@ def read_results(directory: str | Path) -> pd.DataFrame:
         ) from error
 
 
-# ---------------------------------------------------------------------- running
-
-
-@contextmanager
-def _running(trace: TraceSource, points: list[Point], jobs: int) -> Iterator[Rows]:
-    """Rows as they come. What would stop all points is raised at the start."""
-    groups = _groups(points)
-    if jobs == 1 or len(groups) < 2:
-        shared = _shared_inputs(trace)
-        _check_first(shared, points)
-        yield (row for group in groups for row in _run_rows(shared, group))
-        return
-    with _exported(trace, points) as directory:
-        _check_first(_shared_inputs(load_arrays(directory)), points)
-        tasks = (delayed(_work)(directory, [p.model_dump() for p in group]) for group in groups)
-        with _workers(Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks)) as results:
-            yield chain.from_iterable(results)
-
-
-@contextmanager
-def _workers(results: Generator[Rows, None, None]) -> Iterator[Iterator[Rows]]:
-    """Results of worker processes, which end with the block, whatever ends it."""
-    try:
-        yield results
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process was killed (out of memory?): lower --jobs; the same command "
-            "goes on where it stopped"
-        ) from error
-    finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # joblib's, that closing it cancels its tasks
-            results.close()
-
-
-def _check_first(shared: _Shared, points: list[Point]) -> None:
-    """All points of a sweep time one geometry, on the same rows."""
-    for point in points[:1]:
-        timed_geometry(shared.get(point), point)
-
-
-def _groups(points: list[Point]) -> list[list[Point]]:
-    """Points that take the same decisions on other machines together, the others alone."""
-    groups: dict[str, list[Point]] = {}
-    for point in points:
-        name = decisions_of(point) if can_share_decisions(point) else point_id(point)
-        groups.setdefault(name, []).append(point)
-    return list(groups.values())
-
-
-class _Shared:
-    """Inputs by what they depend on, made once."""
-
-    def __init__(self, make: Callable[[Point], Inputs]) -> None:
-        self._make = make
-        self._known: dict[tuple[Any, ...], Inputs] = {}
-
-    def get(self, point: Point) -> Inputs:
-        key = (point.max_tokens, point.fit_share, point.learned, point.batch, point.context)
-        if key not in self._known:
-            self._known[key] = self._make(point)
-        return self._known[key]
-
-
-def _shared_inputs(trace: TraceSource) -> _Shared:
-    return _Shared(
-        lambda point: Inputs(
-            trace,
-            max_tokens=point.max_tokens,
-            fit_share=point.fit_share or 0.0,
-            learned=point.learned,
-            batch=point.batch,
-            context=point.context,
-        )
-    )
-
-
-@lru_cache(maxsize=1)
-def _worker_inputs(directory: str) -> _Shared:
-    return _shared_inputs(load_arrays(directory))
-
-
-def _work(directory: str, points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs in a worker process: points that belong together, on the shared arrays."""
-    parsed = [Point.model_validate(point) for point in points]
-    return list(_run_rows(_worker_inputs(directory), parsed))
-
-
-def _run_rows(shared: _Shared, group: list[Point]) -> Iterator[dict[str, Any]]:
-    runner = PointRunner(shared.get(group[0]))
-    return (_run_row(runner, point) for point in group)
-
-
-@contextmanager
-def _exported(trace: TraceSource, points: list[Point]) -> Iterator[str]:
-    """The columns that the points need, once, for all workers to map."""
-    wanted = set(BASE_COLUMNS)
-    for point in points:
-        wanted |= set(_needed_columns(point)) & set(trace.columns())
-    with tempfile.TemporaryDirectory(prefix="moesim-") as scratch:
-        directory = Path(scratch) / "trace"
-        trace.export_arrays(directory, sorted(wanted))  # type: ignore[attr-defined]
-        yield str(directory)
-
-
-def _needed_columns(point: Point) -> tuple[str, ...]:
-    info = policies.get(point.policy)
-    try:
-        params, _ = info.parse(point.params)
-    except PolicyError:
-        return ()  # the point fails by itself, with this error in its row
-    return info.all_columns(params)
-
-
-def _run_row(runner: PointRunner, point: Point) -> dict[str, Any]:
-    """One point as a flat row; an error becomes the row's ``error``."""
-    info = policies.get(point.policy)
-    head = {
-        "point_id": point_id(point),
-        "status": "ok",
-        "error": None,
-        "policy": point.policy,
-        "label": point.label,
-        "oracle": info.oracle,
-        "lossless": info.lossless,
-        "prefetches": info.prefetches,
-        "time_dependent": info.time_dependent or info.prefetches,
-        "fitted": info.fitted or point.params.get("slots", "even") != "even",
-        **{f"point.{name}": _cell(value) for name, value in point.model_dump().items()},
-        "trace.digest": runner.inputs.trace.digest,
-        **{f"produced_by.{name}": value for name, value in produced_by().items()},
-    }
-    try:
-        result = runner.run(point)
-    except (UserError, PolicyError) as error:
-        return {**head, "status": "failed", "error": str(error)}
-    except Exception as error:  # a fault of ours must not stop the other points; it stays visible
-        traceback.print_exc(file=sys.stderr)
-        return {**head, "status": "failed", "error": f"internal error: {error!r}"}
-    del result["point"]
-    return {**head, **flatten(result)}
-
-
-def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, keys joined by dots; empty dicts and lists become JSON text."""
-    flat: dict[str, Any] = {}
-    for name, value in nested.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict) and name != "params":
-            flat.update(flatten(value, f"{key}."))
-        else:
-            flat[key] = _cell(value)
-    return flat
-
-
-def _cell(value: Any) -> Any:
-    return _canonical(value) if isinstance(value, dict | list | tuple) else value
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
 # ---------------------------------------------------------------------- keeping
 
 
@@ -488,7 +303,7 @@ def _read_identity(path: Path) -> dict[str, Any]:
     return begun
 
 
-def _read_row(path: Path, number: int, line: str) -> dict[str, Any]:
+def _read_row(path: Path, number: int, line: str) -> Row:
     try:
         row = parse_json(line)
     except ValueError:
@@ -552,7 +367,7 @@ class Store:
         text = json.dumps(identity, indent=1, sort_keys=True)
         write_atomically(path, f"{text}\n".encode())
 
-    def finished(self, wanted: set[str] | None = None) -> dict[str, dict[str, Any]]:
+    def finished(self, wanted: set[str] | None = None) -> dict[str, Row]:
         """Rows of wanted points (None: all) that succeeded before, by point.
 
         A last line cut off by a kill is dropped.
@@ -572,7 +387,7 @@ class Store:
         _note_other_commits(path, rows.values())
         return rows
 
-    def append(self, row: dict[str, Any]) -> None:
+    def append(self, row: Row) -> None:
         """Keep a finished point now."""
         if self._out is None:
             return
@@ -587,7 +402,7 @@ class Store:
         write_atomically(self._out / CSV_FILE, frame.to_csv(index=False).encode())
 
 
-def _note_other_commits(path: Path, rows: Rows) -> None:
+def _note_other_commits(path: Path, rows: Iterable[Row]) -> None:
     """Each row names its own commit; a user who mixes them should know."""
     now = produced_by()["git"] or "unknown"
     commits = Counter(row.get("produced_by.git") or "unknown" for row in rows)

@@ -204,12 +204,17 @@ def _events_ns(
     kinds_of_host = {host: index for index, host in enumerate(dict.fromkeys(hosts))}
     host_of_step = np.array([kinds_of_host[host] for host in hosts], np.int64)
     host_of_event = np.repeat(host_of_step, np.diff(tape.begins))
-    pairs, which = np.unique(
-        np.stack((host_of_event, tape.kinds), axis=1), axis=0, return_inverse=True
-    )
+    # Distinct pairs of host and kind, by a table of all: sorting would cost more than timing them.
+    pairs = host_of_event * len(tape.shapes) + tape.kinds
+    occurs = np.zeros(len(kinds_of_host) * len(tape.shapes), np.bool_)
+    occurs[pairs] = True
     known = list(kinds_of_host)
-    times = [clock.event(tape.shapes[kind], known[host]) for host, kind in pairs.tolist()]
-    result: Ints = np.array(times, np.int64).reshape(-1, 4)[which.reshape(-1)]
+    times = [
+        clock.event(tape.shapes[pair % len(tape.shapes)], known[pair // len(tape.shapes)])
+        for pair in np.flatnonzero(occurs).tolist()
+    ]
+    index = np.cumsum(occurs) - 1
+    result: Ints = np.array(times, np.int64).reshape(-1, 4)[index[pairs]]
     return result
 
 

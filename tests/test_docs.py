@@ -53,6 +53,8 @@ def test_the_policy_of_the_readme_works() -> None:
         "docs/contract.md",
         "docs/serving.md",
         "docs/advise.md",
+        "docs/report.md",
+        "docs/scaling.md",
     ],
 )
 def test_files_that_the_docs_name_exist(path: str) -> None:

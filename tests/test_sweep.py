@@ -103,7 +103,7 @@ def test_a_failed_point_is_a_row_and_does_not_stop_the_others(trace_dir: Path) -
 def test_a_fault_of_ours_is_a_row_too_and_shows_its_traceback(
     trace_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import sim.sweeps as module
+    import sim.rows as module
 
     def broken(runner: Any, point: Point) -> dict[str, Any]:
         raise ZeroDivisionError("on purpose")
@@ -412,9 +412,10 @@ def test_a_damaged_trace_is_found_before_the_sweep_begins(tmp_path: Path, jobs: 
 
 def at_commit(monkeypatch: pytest.MonkeyPatch, commit: str | None) -> None:
     import sim.point as point_module
+    import sim.rows as rows_module
     import sim.sweeps as module
 
-    for changed in (module, point_module):
+    for changed in (module, rows_module, point_module):
         monkeypatch.setattr(changed, "produced_by", lambda: {"moesim": "0.1.0", "git": commit})
 
 

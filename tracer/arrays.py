@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from tracer.manifest import read_manifest
+from tracer.requests import REQUESTS_FILE
 
 ARRAYS_FILE = "arrays.json"
 
@@ -23,7 +25,8 @@ class ArrayTrace:
     """Rows of a trace exported by `Trace.export_arrays`, memory-mapped and read-only.
 
     Answers like a `Trace` whose first row is the first one exported and which has the exported
-    columns alone; `digest` is the trace's.
+    columns alone; `digest` is the trace's. Pickled, it holds the arrays themselves, for a machine
+    that does not see the directory.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -39,6 +42,25 @@ class ArrayTrace:
             name: np.load(self.path / f"{name}.npy", mmap_mode="r") for name in content["columns"]
         }
 
+        self._requests: bytes | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With the files' content in place of maps of them."""
+        arrays = {name: np.asarray(array) for name, array in self._arrays.items()}
+        requests = self._requests or (self.path / REQUESTS_FILE).read_bytes()
+        return {**self.__dict__, "_arrays": arrays, "_requests": requests}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Read-only, as maps are."""
+        self.__dict__.update(state)
+        for array in self._arrays.values():
+            array.flags.writeable = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in self._arrays.values())
+
     @property
     def digest(self) -> str:
         """The digest of the trace that the arrays were exported from."""
@@ -50,7 +72,9 @@ class ArrayTrace:
 
     def requests(self) -> pd.DataFrame:
         """All requests of the trace, as `Trace.requests`."""
-        return pd.read_parquet(self.path / "requests.parquet")
+        if self._requests is not None:
+            return pd.read_parquet(io.BytesIO(self._requests))
+        return pd.read_parquet(self.path / REQUESTS_FILE)
 
     def load(self, columns: Sequence[str], start: int = 0, stop: int | None = None) -> Arrays:
         """Return views of rows [start, stop), shapes and dtypes as `Trace.load`."""

@@ -8,9 +8,11 @@ from typing import Any
 
 import pandas as pd
 
+from sim import backends
 from sim.inputs import TraceSource
 from sim.point import Point
-from sim.sweeps import Progress, Store, point_id, running, to_frame
+from sim.running import running
+from sim.sweeps import Progress, Store, point_id, to_frame
 
 
 class Points:
@@ -30,7 +32,7 @@ class Points:
         progress: Progress | None = None,
     ) -> None:
         self._trace = trace
-        self._jobs = jobs
+        self._backend = backends.choose("loky", jobs)
         self._store = Store(out, identity or {})
         self._found = self._store.finished()
         self._rows: dict[str, dict[str, Any]] = {}
@@ -50,7 +52,7 @@ class Points:
         asked = known + len(missing)
         if not missing:
             return fresh
-        with running(self._trace, list(missing.values()), self._jobs) as rows:
+        with running(self._trace, missing, self._backend) as rows:
             self._progress(known, asked)
             for row in rows:
                 fresh[row["point_id"]] = row
