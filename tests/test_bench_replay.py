@@ -10,7 +10,18 @@ pytest.importorskip("torch")
 from replay.play import Measured
 from sim.machine import StepTimes
 from sim.spans import COPY, DECIDE, EXPERTS, GPU, ISSUE, SEGMENT, STEP
+from tests.bench.host_event import Host, event_us
 from tests.bench_replay import host_times, ratios, spread
+
+
+def test_an_event_takes_the_host_longer_the_more_it_misses() -> None:
+    rng = np.random.default_rng(0)
+    experts = np.argpartition(rng.random((40, 4, 16)), 4, axis=-1)[..., :4]
+    there, missing = (Host(experts, 16, share) for share in (1.0, 0.25))
+    assert there.events == 160
+    assert 0 < event_us(there, runs=3) < event_us(missing, runs=3)
+    assert there._core.tally.copies == 64  # each expert once, in the run that fills
+    assert missing._core.tally.copies > 4 * 160
 
 
 def ledger(*steps: list[tuple[int, int, int, int]]) -> Measured:
