@@ -146,6 +146,7 @@ def _panel(
     points = results.of_system(name)
     ranked = results.ranked[results.ranked["system"] == name]
     _, *lines = advice.text.splitlines()
+    reference = str(ranked["faster_than"].mode().iloc[0])
     return Panel(
         number=number,
         name=name,
@@ -154,8 +155,8 @@ def _panel(
         grid=_grid(points, looks, number),
         breakdown=as_html(breakdown_figure(points, looks), f"breakdown-{number}"),
         winner_cells=_winners(points, ranked),
-        ranking=[_ranking_row(row) for row in ranked.to_dict("records")],
-        reference=str(ranked["faster_than"].iloc[0]),
+        ranking=[_ranking_row(row, reference) for row in ranked.to_dict("records")],
+        reference=reference,
         parts=_parts(points),
         alt=_front_words(points),
     )
@@ -189,8 +190,10 @@ def _winners(points: pd.DataFrame, ranked: pd.DataFrame) -> list[list[str]]:
     return cells
 
 
-def _ranking_row(row: dict[Any, Any]) -> list[str]:
+def _ranking_row(row: dict[Any, Any], reference: str) -> list[str]:
+    """``reference``: what the column of speed-ups is headed with; another one is named."""
     causal = row["kind"] == "causal"
+    than = "" if row["faster_than"] == reference else f" ({row['faster_than']})"
     notes = [] if causal else [KIND_NAMES[row["kind"]]]
     if causal and row["tie"]:
         notes.append("fastest" if row["place"] == 1 else "tie")
@@ -209,7 +212,7 @@ def _ranking_row(row: dict[Any, Any]) -> list[str]:
         as_percent(row["late_share"]),
         three_figures(row["stall_ms"]),
         three_figures(row["mb_per_token"]),
-        f"{row['times_faster']:.2f}",
+        f"{row['times_faster']:.2f}{than}",
         "-" if row["kind"] == "bound" else as_percent(row["gap_to_bound"]),
     ]
 
