@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,9 @@ def test_the_table_declares_what_was_made_up(
         "waves/event",
     ):
         assert text in ran.out, text
+    (heads,) = re.findall(r"^  ms .*p99$", ran.out, re.MULTILINE)
+    for row in re.findall(r"^  (?:queueing|first_decode|e2el) .*", ran.out, re.MULTILINE):
+        assert len(row) == len(heads)
     assert "none in this trace" in moesim(*words(decode_dir)).out
 
 
