@@ -82,7 +82,7 @@ def loaded(results: Path) -> Results:
 @pytest.fixture(scope="module")
 def page(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
     out = tmp_path_factory.mktemp("page") / "report.html"
-    path, notes = write_report(results, out, validations=[VALIDATION])
+    path, notes = write_report(str(results), str(out), validations=[str(VALIDATION)])
     assert (path, notes) == (out, [])
     return Page(out)
 

@@ -60,10 +60,10 @@ class Panel:
 
 
 def write_report(
-    directory: Path,
-    out: Path | None = None,
+    directory: str | Path,
+    out: str | Path | None = None,
     *,
-    validations: Sequence[Path] = (),
+    validations: Sequence[str | Path] = (),
     trace: str | None = None,
 ) -> tuple[Path, list[str]]:
     """Write the page of a results directory; returns where, and what the user should be told.
@@ -74,11 +74,12 @@ def write_report(
     The same inputs give the same bytes. Raises UserError for a directory without a finished sweep,
     for what does not belong to it, and where another file is in the way.
     """
-    target = directory / REPORT_FILE if out is None else out
+    directory = Path(directory)
+    target = directory / REPORT_FILE if out is None else Path(out)
     if target.is_dir():
         raise UserError(f"--out {target} is a directory: name a file, such as {target}/report.html")
     results = read(directory)
-    found = read_validations(validations, results)
+    found = read_validations([Path(each) for each in validations], results)
     popularity = popularity_of(results, trace)
     content = render(results, found, popularity).encode()
     if target.exists() and target.read_bytes() != content:
