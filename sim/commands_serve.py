@@ -224,7 +224,7 @@ def table(result: dict[str, Any]) -> list[str]:
         f"{result['output_tokens_per_s']:.4g} tokens/s, busy {result['utilisation']:.1%} of "
         f"{result['duration_ms'] / 1e3:.1f} s",
         *_goodput(result["goodput"]),
-        f"  {'ms':10} {'mean':>10} {'p50':>10} {'p90':>10} {'p99':>10}",
+        f"  {'ms':12} {'mean':>10} {'p50':>10} {'p90':>10} {'p99':>10}",
     ]
     for name in ("queueing", "ttft", "first_decode", "tpot", "itl", "service", "e2el"):
         lines.append(_latency(name, result[f"{name}_ms"]))
@@ -294,9 +294,9 @@ def _goodput(found: dict[str, Any] | None) -> list[str]:
 
 def _latency(name: str, values: dict[str, float | None]) -> str:
     if values["mean"] is None:
-        return f"  {name:10} {'none in this trace':>21}"
+        return f"  {name:12} {'none in this trace':>21}"
     figures = " ".join(f"{values[key]:10.3f}" for key in ("mean", "p50", "p90", "p99"))
-    return f"  {name:12}{figures}"
+    return f"  {name:12} {figures}"
 
 
 def _hits(phase: str, found: dict[str, Any]) -> str:

@@ -134,24 +134,35 @@ def _system_names(points: pd.DataFrame) -> list[str]:
         if column in points
         and (column in _ALWAYS_NAMED or points[column].nunique(dropna=False) > 1)
     ]
+    links = _link_names(points["link_bytes_per_s"])
     names = []
     for values in points[[column for column, _ in named]].itertuples(index=False):
         parts = zip(named, values, strict=True)
-        names.append(", ".join(_named(column, form, value) for (column, form), value in parts))
+        names.append(
+            ", ".join(
+                links[value] if column == "link_bytes_per_s" else _named(form, value)
+                for (column, form), value in parts
+            )
+        )
     return names
 
 
-def _named(column: str, form: str, value: Any) -> str:
-    if column == "link_bytes_per_s":
-        return link_name(value)
+def _link_names(rates: pd.Series[Any]) -> dict[Any, str]:
+    """A name a rate: as :func:`link_name`, with as many digits as tell all of them apart."""
+    known = rates.unique().tolist()
+    tried = ({rate: link_name(rate, digits) for rate in known} for digits in range(3, 18))
+    return next(names for names in tried if len(set(names.values())) == len(known))
+
+
+def _named(form: str, value: Any) -> str:
     if pd.isna(value):
         return form.split("{")[0] + "default"
     return form.format(value)
 
 
-def link_name(link_bytes_per_s: float) -> str:
+def link_name(link_bytes_per_s: float, digits: int = 3) -> str:
     """A link's rate for people: ``24 GB/s``."""
-    return f"{link_bytes_per_s / 1e9:.3g} GB/s"
+    return f"{link_bytes_per_s / 1e9:.{digits}g} GB/s"
 
 
 def share_name(expert_share: float) -> str:

@@ -249,6 +249,14 @@ def test_a_repeated_point_counts_once() -> None:
     assert len(rank(sweep_frame(point("lru", 0.5, 20.0)))) == len(rank(sweep_frame()))
 
 
+def test_links_that_are_nearly_equal_stay_apart() -> None:
+    rates = (12_000_000_000, 12_010_000_000, 12_040_000_000)
+    points = prepare(
+        pd.DataFrame([point("lru", 0.25, 10.0, link_bytes_per_s=rate) for rate in rates])
+    )
+    assert points["system"].tolist() == [f"gpu-a, {rate} GB/s" for rate in ("12", "12.01", "12.04")]
+
+
 def test_systems_are_named_by_what_varies() -> None:
     frame = pd.DataFrame(
         [

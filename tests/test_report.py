@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -81,7 +82,7 @@ def loaded(results: Path) -> Results:
 @pytest.fixture(scope="module")
 def page(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
     out = tmp_path_factory.mktemp("page") / "report.html"
-    path, notes = write_report(results, out, validations=[VALIDATION])
+    path, notes = write_report(str(results), str(out), validations=[str(VALIDATION)])
     assert (path, notes) == (out, [])
     return Page(out)
 
@@ -278,6 +279,12 @@ def test_the_grid_and_the_bars_show_the_times(loaded: Results) -> None:
         assert list(chosen[-1].x) == sorted(budget["tpot_ms.mean"])
 
 
+def test_a_speed_up_over_another_policy_names_it(page: Page) -> None:
+    """At 100 % nothing but `resident` was swept: it is not 1.00 times as fast as on-demand."""
+    assert "times faster than on-demand" in page.words
+    assert page.words.count("1.00 (resident)") == 2
+
+
 def test_long_names_do_not_touch() -> None:
     assert wrapped("a<b c") == "a&lt;b c"
     assert wrapped("bound: oracle-prefetch cache=belady depth=2").count("<br>") == 2
@@ -381,6 +388,15 @@ def test_the_command_of_the_pick_gives_its_time(loaded: Results, moesim: Any) ->
         assert json.loads(out)["tpot_ms"]["mean"] == pick["tpot_ms.mean"]
 
 
+def test_the_command_has_all_digits(tmp_path: Path, moesim: Any) -> None:
+    decay = {"name": "lfu-decay", "set": {"gamma": 0.987654321}}
+    out = swept(tmp_path / "digits", hardware=("laptop-pcie4x8",), policies=(decay,))
+    loaded = read(out)
+    (line,) = [line for what, line in commands_of(loaded) if "recommended" in what]
+    assert "--set gamma=0.987654321" in line
+    assert moesim(*shlex.split(line)[1:])[0] == 0
+
+
 # ---------------------------------------------------------------------- errors
 
 
@@ -409,6 +425,9 @@ def test_what_is_wrong_is_one_line(results: Path, tmp_path: Path, moesim: Any) -
     refused("sweep.json is cut off or edited", broken)
     (broken / "sweep.json").write_text(text.replace(read(results).trace_digest, "0" * 64))
     refused("is of another trace", broken)
+    for column in ("decode.late", "breakdown_ms.stall_cpu", "status"):
+        less = edited(results, tmp_path / column, functools.partial(_without, column))
+        refused(f"column {column} is missing", less)
     refused("is a directory: name a file", results, "--out", tmp_path / "empty")
     refused("report.json is not there", results, "--validation", tmp_path / "empty")
     refused("report.json is not there", results, "--validation", VALIDATION.parent / "locked")
@@ -426,6 +445,10 @@ def test_what_is_wrong_is_one_line(results: Path, tmp_path: Path, moesim: Any) -
     damaged.write_text(text.replace('"measured":', '"measurd":', 400))
     refused("field 'points.0.", results, "--validation", damaged.parent)
     assert not list(results.glob("*report*"))
+
+
+def _without(column: str, frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.drop(columns=column)
 
 
 def test_no_point_succeeded(results: Path, tmp_path: Path) -> None:

@@ -384,7 +384,7 @@ def test_experts_an_event_grow_with_the_batch() -> None:
 
 def test_tables_are_written_once_and_over_nothing(tiny: Trace, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    served = serve(tiny, policy="lru", arrivals="closed", users=2, out=out, **MACHINE)
+    served = serve(tiny, policy="lru", arrivals="closed", users=2, out=str(out), **MACHINE)
     assert (out / "result.json").read_text() == json.dumps(served.result, indent=2) + "\n"
     frame = pd.read_parquet(out / "requests.parquet")
     pd.testing.assert_frame_equal(frame, served.requests)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 import cli
+from sim.serving.machine import ServingMachine
 from tests.test_cli import Ran
 from tests.traces import make_trace
 
@@ -106,6 +108,9 @@ def test_the_table_declares_what_was_made_up(
         "waves/event",
     ):
         assert text in ran.out, text
+    (heads,) = re.findall(r"^  ms .*p99$", ran.out, re.MULTILINE)
+    for row in re.findall(r"^  (?:queueing|first_decode|e2el) .*", ran.out, re.MULTILINE):
+        assert len(row) == len(heads)
     assert "none in this trace" in moesim(*words(decode_dir)).out
 
 
@@ -123,6 +128,7 @@ def test_the_table_declares_what_was_made_up(
         ("a.csv", HEADER + "2023-11-16 18:17:03,4,-5\n", "row 2: GeneratedTokens is -5"),
         ("a.csv", HEADER + "2023-11-16 18:17:03,4,5.5\n", "GeneratedTokens '5.5' is no whole"),
         ("a.csv", HEADER + "2023-11-16 18:17:03,4,1" + "0" * 18 + "\n", "1 to 2147483648 tokens"),
+        ("a.csv", HEADER + '"2023-11-16 18:17:03,4,5\n' + GOOD * 5000, "is a quote left open?"),
         ("m.jsonl", '{"timestamp": -1, "input_length": 1, "output_length": 1}', "timestamp -1"),
         ("m.jsonl", '{"timestamp": NaN, "input_length": 1, "output_length": 1}', "timestamp nan"),
         ("m.jsonl", '{"timestamp": "0", "input_length": 1, "output_length": 1}', "timestamp '0'"),
@@ -250,6 +256,26 @@ def test_nothing_is_written_over(moesim: Any, trace_dir: Path, tmp_path: Path) -
     refused(moesim, words(trace_dir, out=tmp_path), "not empty")
     refused(moesim, words(trace_dir, out=tmp_path / "kept"), "is a file")
     assert (tmp_path / "kept").read_text() == "mine"
+
+
+def test_a_place_that_cannot_be_made_is_refused_before_the_run(
+    monkeypatch: pytest.MonkeyPatch, moesim: Any, trace_dir: Path, tmp_path: Path
+) -> None:
+    def never(self: object) -> None:
+        raise AssertionError("it ran")
+
+    monkeypatch.setattr(ServingMachine, "run", never)
+    (tmp_path / "file").touch()
+    refused(moesim, words(trace_dir, out=tmp_path / "file" / "new"), "--out", "is no directory")
+
+
+def test_arrivals_beyond_all_numbers_are_one_line(
+    moesim: Any, trace_dir: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(HEADER + GOOD + GOOD.replace("2023", "2024"))
+    options = words(trace_dir, arrivals=path, users=None, rate_scale=5e-324)
+    refused(moesim, options, "--rate-scale", "36 years")
 
 
 def test_batches_beyond_the_measured_ones_name_the_option(

@@ -13,6 +13,10 @@ from sim.selection import link_name
 from sim.wording import as_gib
 
 _MOST_NAMED = 3
+_ROUTING = (
+    *("tokens.prefill", "tokens.decode"),
+    *("trace.judged_requests", "trace.fitted_requests", "trace.set_aside_for"),
+)
 _KIND_WORDS = {
     "causal": "Choices",
     "lossy": "Lossy (they change what the model says)",
@@ -77,7 +81,7 @@ def _routing(results: Results) -> list[str]:
     first = points.iloc[0]
     model = f" (recorded from {first['trace.model']})" if "trace.model" in points else ""
     lines = [f"{results.config.trace}{model}, digest {results.trace_digest:.8}"]
-    if "tokens.decode" in points:
+    if {*_ROUTING} <= {*points}:
         lines.append(
             f"judged on {_counted(int(first['trace.judged_requests']), 'request')}: "
             f"{int(first['tokens.prefill']):,} prefill and {int(first['tokens.decode']):,} decode "

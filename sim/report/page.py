@@ -60,10 +60,10 @@ class Panel:
 
 
 def write_report(
-    directory: Path,
-    out: Path | None = None,
+    directory: str | Path,
+    out: str | Path | None = None,
     *,
-    validations: Sequence[Path] = (),
+    validations: Sequence[str | Path] = (),
     trace: str | None = None,
 ) -> tuple[Path, list[str]]:
     """Write the page of a results directory; returns where, and what the user should be told.
@@ -74,11 +74,12 @@ def write_report(
     The same inputs give the same bytes. Raises UserError for a directory without a finished sweep,
     for what does not belong to it, and where another file is in the way.
     """
-    target = directory / REPORT_FILE if out is None else out
+    directory = Path(directory)
+    target = directory / REPORT_FILE if out is None else Path(out)
     if target.is_dir():
         raise UserError(f"--out {target} is a directory: name a file, such as {target}/report.html")
     results = read(directory)
-    found = read_validations(validations, results)
+    found = read_validations([Path(each) for each in validations], results)
     popularity = popularity_of(results, trace)
     content = render(results, found, popularity).encode()
     if target.exists() and target.read_bytes() != content:
@@ -146,6 +147,7 @@ def _panel(
     points = results.of_system(name)
     ranked = results.ranked[results.ranked["system"] == name]
     _, *lines = advice.text.splitlines()
+    reference = str(ranked["faster_than"].mode().iloc[0])
     return Panel(
         number=number,
         name=name,
@@ -154,8 +156,8 @@ def _panel(
         grid=_grid(points, looks, number),
         breakdown=as_html(breakdown_figure(points, looks), f"breakdown-{number}"),
         winner_cells=_winners(points, ranked),
-        ranking=[_ranking_row(row) for row in ranked.to_dict("records")],
-        reference=str(ranked["faster_than"].iloc[0]),
+        ranking=[_ranking_row(row, reference) for row in ranked.to_dict("records")],
+        reference=reference,
         parts=_parts(points),
         alt=_front_words(points),
     )
@@ -189,8 +191,10 @@ def _winners(points: pd.DataFrame, ranked: pd.DataFrame) -> list[list[str]]:
     return cells
 
 
-def _ranking_row(row: dict[Any, Any]) -> list[str]:
+def _ranking_row(row: dict[Any, Any], reference: str) -> list[str]:
+    """``reference``: what the column of speed-ups is headed with; another one is named."""
     causal = row["kind"] == "causal"
+    than = "" if row["faster_than"] == reference else f" ({row['faster_than']})"
     notes = [] if causal else [KIND_NAMES[row["kind"]]]
     if causal and row["tie"]:
         notes.append("fastest" if row["place"] == 1 else "tie")
@@ -209,7 +213,7 @@ def _ranking_row(row: dict[Any, Any]) -> list[str]:
         as_percent(row["late_share"]),
         three_figures(row["stall_ms"]),
         three_figures(row["mb_per_token"]),
-        f"{row['times_faster']:.2f}",
+        f"{row['times_faster']:.2f}{than}",
         "-" if row["kind"] == "bound" else as_percent(row["gap_to_bound"]),
     ]
 

@@ -86,7 +86,9 @@ def _given(point: Any, name: str) -> Any:
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
 
 
 def versions_of(results: Results) -> list[tuple[str, str]]:

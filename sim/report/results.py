@@ -12,6 +12,7 @@ import pandas as pd
 
 from configs.errors import UserError
 from configs.load import parse_json, validated
+from sim.plots import PARTS
 from sim.ranking import rank_points
 from sim.selection import prepare, systems
 from sim.sweeps import CONFIG_FILE, PARQUET_FILE, SweepConfig, read_results
@@ -21,6 +22,11 @@ _UNSHOWN = (
     *("prefetch.", "quality.prefill.", "tpot_ms.p", "ttft_ms.p", "memory.s", "memory.w"),
 )
 _DIGEST = "trace digest"
+#: what the page shows beside the columns that :func:`sim.selection.prepare` asks for
+_SHOWN = (
+    *("decode.asked", "decode.late", "decode.hit_rate", "h2d_bytes_per_token"),
+    *(f"breakdown_ms.{part}" for part, *_ in PARTS),
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,12 @@ def read(directory: Path) -> Results:
     identity = _identity(directory / CONFIG_FILE, directory)
     frame = _needed(read_results(directory))
     points = prepare(frame).copy()  # in one block a type: it is cut up often
+    missing = [name for name in _SHOWN if name not in points]
+    if missing:
+        raise UserError(
+            f"{directory / PARQUET_FILE}: column {missing[0]} is missing: run the sweep again into "
+            "a new directory"
+        )
     digests = set(frame["trace.digest"].dropna()) if "trace.digest" in frame else set()
     if digests - {identity[_DIGEST]}:
         raise UserError(

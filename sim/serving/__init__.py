@@ -32,7 +32,7 @@ from tracer.trace import Trace
 __all__ = ["Served", "Service", "serve", "serve_point"]
 
 
-def serve(trace: str | Path | Trace, *, out: Path | None = None, **fields: Any) -> Served:
+def serve(trace: str | Path | Trace, *, out: str | Path | None = None, **fields: Any) -> Served:
     """Serve requests drawn from a trace; returns the result, a row a request, a row a step.
 
     ``trace``: a directory, ``"sample"``, or an opened trace. ``fields``: those of
@@ -42,4 +42,5 @@ def serve(trace: str | Path | Trace, *, out: Path | None = None, **fields: Any) 
     """
     opened = trace if isinstance(trace, Trace) else Trace.open(trace)
     own = {name: fields.pop(name) for name in Service.model_fields if name in fields}
-    return serve_point(opened, Point(**fields), Service(**own), out)
+    directory = None if out is None else Path(out)
+    return serve_point(opened, Point(**fields), Service(**own), directory)

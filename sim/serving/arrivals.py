@@ -99,7 +99,7 @@ def read_arrivals(path: Path) -> Recorded:
 def _azure(text: str, path: Path) -> Iterator[tuple[int, int, int, int]]:
     """(row, ns, prompt tokens, output tokens) of each line; rows as an editor counts them."""
     reader = csv.reader(text.splitlines())
-    header = [name.strip() for name in next(reader, [])]
+    header = [name.strip() for name in next(_until_damaged(reader, path), [])]
     missing = [name for name in AZURE_FIELDS if name not in header]
     if missing:
         raise UserError(
@@ -107,7 +107,7 @@ def _azure(text: str, path: Path) -> Iterator[tuple[int, int, int, int]]:
             f"({','.join(AZURE_FIELDS)}) or a Mooncake JSONL file ({', '.join(MOONCAKE_FIELDS)})"
         )
     places = [header.index(name) for name in AZURE_FIELDS]
-    for fields in reader:
+    for fields in _until_damaged(reader, path):
         where = f"{path}, row {reader.line_num}"
         if not fields:
             continue
@@ -120,6 +120,15 @@ def _azure(text: str, path: Path) -> Iterator[tuple[int, int, int, int]]:
             _tokens(prompt, "ContextTokens", where),
             _tokens(output, "GeneratedTokens", where),
         )
+
+
+def _until_damaged(reader: Any, path: Path) -> Iterator[list[str]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, row {reader.line_num}: no CSV ({error}); is a quote left open?"
+        ) from None
 
 
 def _stamp_ns(text: str, where: str) -> int:
@@ -193,7 +202,8 @@ def scaled_ns(times_ns: Ints, rate_scale: float) -> Ints:
     """The same arrivals, ``rate_scale`` times as dense."""
     if rate_scale == 1:
         return times_ns
-    scaled = np.rint(times_ns / rate_scale)
+    with np.errstate(over="ignore"):
+        scaled = np.rint(times_ns / rate_scale)
     if scaled[-1] > _MOST_NS:
         raise UserError(
             f"--rate-scale {rate_scale:g}: the last request arrives after more than 36 years"

@@ -14,7 +14,7 @@ import pandas as pd
 
 import policies
 from configs.errors import UserError
-from configs.files import refuse_non_empty, write_atomically
+from configs.files import prepare_directory, refuse_non_empty, write_atomically
 from policies.registry import PolicyInfo
 from sim.calibrated import CalibratedTiming
 from sim.point import (
@@ -82,7 +82,10 @@ def serve_point(
     refuse_oracle(point)
     if out is not None:
         refuse_non_empty(out)
-    served = _Run(trace, point, service, progress).served()
+    run = _Run(trace, point, service, progress)
+    if out is not None:
+        prepare_directory(out, "--out")
+    served = run.served()
     if out is not None:
         served.write(out)
     return served
