@@ -419,6 +419,25 @@ def test_what_is_wrong_is_one_line(results: Path, tmp_path: Path, moesim: Any) -
     refused("results.parquet is cut off or edited", cut)
     (cut / "results.parquet").unlink()
     refused("results.parquet is not there", cut)
+    frame = pd.read_parquet(results / "results.parquet")
+    odd = copy("odd")
+    for column, value, said in (
+        ("tpot_ms.mean", 0.0, "row 0, column tpot_ms.mean: 0.0 is no result"),
+        ("tpot_ms.mean", -1.0, "column tpot_ms.mean: -1.0"),
+        ("label", None, "column label: nan"),
+        ("expert_budget_bytes", float("nan"), "column expert_budget_bytes: nan"),
+        ("point.params", "[]", "column point.params: '[]'"),
+        ("status", "fine", "fine is neither ok nor failed"),
+    ):
+        changed = frame.copy()
+        changed[column] = changed[column].astype(object)
+        changed.loc[0, column] = value
+        if column != "label":
+            changed[column] = changed[column].infer_objects()
+        changed.to_parquet(odd / "results.parquet")
+        refused(said, odd)
+    frame.iloc[:1].to_parquet(odd / "results.parquet")
+    refused("has 1 rows, sweep.json asks for", odd)
     broken = copy("broken")
     text = (broken / "sweep.json").read_text()
     (broken / "sweep.json").write_text(text[: len(text) // 2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -85,6 +86,7 @@ def read(directory: Path) -> Results:
         raise UserError(f"{directory}: no such directory: name one that `moesim sweep` wrote")
     identity = _identity(directory / CONFIG_FILE, directory)
     frame = _needed(read_results(directory))
+    _require_sound(frame, directory / PARQUET_FILE)
     points = prepare(frame).copy()  # in one block a type: it is cut up often
     missing = [name for name in _SHOWN if name not in points]
     if missing:
@@ -99,14 +101,69 @@ def read(directory: Path) -> Results:
             "sweep again into an empty directory"
         )
     names = SweepConfig.model_fields
-    config = {name: value for name, value in identity.items() if name in names}
+    config = validated(
+        SweepConfig,
+        {name: value for name, value in identity.items() if name in names},
+        str(directory / CONFIG_FILE),
+    )
+    if len(frame) != len(config.points()):
+        raise UserError(
+            f"{directory / PARQUET_FILE} has {len(frame)} rows, {CONFIG_FILE} asks for "
+            f"{len(config.points())} points: run `moesim sweep` to the end"
+        )
     return Results(
-        config=validated(SweepConfig, config, str(directory / CONFIG_FILE)),
+        config=config,
         identity=identity,
         frame=frame,
         points=points,
         table_sha256=hashlib.sha256((directory / PARQUET_FILE).read_bytes()).hexdigest(),
     )
+
+
+def _require_sound(frame: pd.DataFrame, path: Path) -> None:
+    """UserError naming row, column and value of a table that no sweep writes."""
+    for name, sound in _SOUND.items():
+        if name not in frame or "status" not in frame:
+            continue  # told where it is needed
+        for row, value in frame.loc[frame["status"] == "ok", name].items():
+            if not sound(value):
+                raise UserError(
+                    f"{path}, row {row}, column {name}: {value!r} is no result of a sweep; run the "
+                    "sweep again into a new directory"
+                )
+    odd = set(frame.get("status", ())) - {"ok", "failed"}
+    if odd:
+        raise UserError(f"{path}, column status: {min(map(str, odd))} is neither ok nor failed")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_number(value: object) -> bool:
+    """A finite one above 0."""
+    return isinstance(value, int | float) and 0 < value < float("inf")
+
+
+def _is_mapping(value: object) -> bool:
+    try:
+        return isinstance(value, str) and isinstance(parse_json(value), dict)
+    except ValueError:
+        return False
+
+
+def _missing_or(sound: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: value is None or value != value or sound(value)
+
+
+_SOUND: dict[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("policy", "label", "hardware", "geometry"), _is_text),
+    **dict.fromkeys(
+        ("expert_budget_bytes", "memory.peak_bytes", "memory.expert_bytes_total"), _is_number
+    ),
+    **dict.fromkeys(("tpot_ms.mean", "ttft_ms.mean"), _missing_or(_is_number)),
+    "point.params": _is_mapping,
+}
 
 
 def _needed(frame: pd.DataFrame) -> pd.DataFrame:

@@ -71,6 +71,10 @@ class Service(BaseModel):
             )
 
     def _check_arrivals(self) -> None:
+        if self.recorded and self.arrivals.lower() in (POISSON, CLOSED):
+            raise UserError(
+                f"--arrivals {self.arrivals}: write {self.arrivals.lower()} (other names are files)"
+            )
         poisson, closed = self.arrivals == POISSON, self.arrivals == CLOSED
         needed = {
             "--rate": (poisson, self.rate is not None, "requests a second"),
