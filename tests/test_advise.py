@@ -436,6 +436,7 @@ def test_whose_misses_the_cpu_computes(tiny: Path) -> None:
         advice = quick(tiny, policies=[name], gpu_memory="13KiB", what_if=False)
         assert advice.fastest is not None
         assert advice.fastest.on_cpu == (name == "hybrid-split")
+        assert advice.lines[0].assumes.endswith(f"the times above are those of {name}")
 
 
 def test_same_answers_on_any_number_of_jobs_and_from_a_directory(
