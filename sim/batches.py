@@ -64,7 +64,7 @@ def compose(columns: dict[str, IntArray], requests: Sequence[int], batch: int) -
     sizes = recorded.sizes[chosen]
     offset = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     rows = np.repeat(recorded.starts[chosen], sizes) + offset
-    return Schedule(rows=rows, steps=np.repeat(step_of_unit, sizes))
+    return Schedule(rows=rows, steps=np.repeat(step_of_unit, sizes), lines=batch)
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,8 @@ def advise_command(
     )
     if pin is not None and pin.exists():
         raise UserError(f"--pin {pin}: exists; name a new file or remove it")
+    if pin is not None and not pin.parent.is_dir():
+        raise UserError(f"--pin {pin}: {pin.parent} is not a directory: make it, or name another")
     opened = Trace.open(trace)
     _tell(opened, max_tokens)
     from sim.commands_compare import PointsBar

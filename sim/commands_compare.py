@@ -117,7 +117,8 @@ def named_option(error: ValidationError) -> UserError:
     """A field that is out of bounds, as its option."""
     first = error.errors()[0]
     option = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")
-    return UserError(f"{option} {first['input']}: {first['msg'].lower()}")
+    why = first["msg"].lower().removeprefix("value error, ")
+    return UserError(f"{option} {first['input']}: {why}")
 
 
 def _listed(option: str, text: str | None) -> tuple[str, ...]:

@@ -371,6 +371,17 @@ def test_where_they_do_not_what_is_said_of_it_holds(
     assert not any(met[slots] for slots in (found - 1, found - 2) if slots > 0)
 
 
+def test_a_lossy_policy_may_be_faster_than_all_experts() -> None:
+    times: dict[str, list[float | None]] = {
+        "swapmoe": [float(slots) for slots in range(2, 33)] + [20.0],
+        "lru": [float(40 - slots) for slots in range(1, 32)] + [20.0],
+        "resident": [20.0] * 32,
+    }
+    times["swapmoe"][:5] = [None] * 5
+    assert search(times, 14.0)[0] == fewest_of(times, 14.0) == 6
+    assert search(times, 5.0)[0] is None
+
+
 def test_bisection_asks_for_few_points() -> None:
     times: dict[str, list[float | None]] = {
         name: [float(200 - slots) for slots in range(1, 129)] for name in ("lru", "slru")
@@ -418,6 +429,14 @@ def test_a_lossy_policy_counts_where_it_is_named_and_says_so(tiny: Path) -> None
     assert times["lru", "swapmoe"].fastest.policy == "swapmoe"
     assert not times["lru", "swapmoe"].fastest.lossless
     assert "swapmoe (lossy: it changes what the model says)" in times["lru", "swapmoe"].text
+
+
+def test_whose_misses_the_cpu_computes(tiny: Path) -> None:
+    for name in ("lru", "hybrid-split"):
+        advice = quick(tiny, policies=[name], gpu_memory="13KiB", what_if=False)
+        assert advice.fastest is not None
+        assert advice.fastest.on_cpu == (name == "hybrid-split")
+        assert advice.lines[0].assumes.endswith(f"the times above are those of {name}")
 
 
 def test_same_answers_on_any_number_of_jobs_and_from_a_directory(
@@ -551,6 +570,9 @@ def test_errors_are_those_of_the_validation(few: Trace) -> None:
     assert both.worst_error == pytest.approx(max(each["tpot_ms"]["worst"] for each in own))
     assert "errors are of the mean" in confidence_in(other, setting, "p99", campaigns).why
     assert confidence_in(found_of(), setting, "mean", []).level == "calibrated"
+    on_cpu = confidence_in(found_of(policy="auto", on_cpu=True), setting, "mean", campaigns)
+    assert (on_cpu.level, on_cpu.high_ms) == ("calibrated", None)
+    assert "auto, whose misses the CPU computes in part" in on_cpu.why
 
 
 def test_without_measured_times_it_is_estimated(tiny: Path, few: Trace) -> None:
@@ -582,7 +604,11 @@ def run(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
 
 WRONG: dict[str, tuple[list[str], str]] = {
     "no target": ([], "no target: give --tpot-ms 30"),
-    "zero": (["--tpot-ms", "0"], "--tpot-ms 0"),
+    "zero": (["--tpot-ms", "0"], "--tpot-ms 0.0: a target is a number of milliseconds above zero"),
+    "no place for pins": (
+        ["--tpot-ms", "3", "--pin", "no-such-place/pins.json"],
+        "no-such-place is not a directory",
+    ),
     "negative": (["--tpot-ms=-3"], "--tpot-ms -3"),
     "not a number": (["--tpot-ms", "nan"], "--tpot-ms nan"),
     "negative TTFT": (["--tpot-ms", "3", "--ttft-ms=-1"], "--ttft-ms -1"),
@@ -595,9 +621,13 @@ WRONG: dict[str, tuple[list[str], str]] = {
         ["--tpot-ms", "3", "--gpu-memory", "48GiB"],
         "--gpu-memory 48GiB: rtx4090-pcie4 has 23.99 GiB",
     ),
-    "no unit": (["--tpot-ms", "3", "--gpu-memory", "8"], "no unit"),
+    "no unit": (["--tpot-ms", "3", "--gpu-memory", "8"], "--gpu-memory: size '8' has no unit"),
     "unknown policy": (["--tpot-ms", "3", "--policies", "lru,lrru"], "lrru"),
     "an oracle": (["--tpot-ms", "3", "--policies", "belady"], "--policies belady: it knows"),
+    "bounds alone": (
+        ["--tpot-ms", "3", "--policies", "belady-bypass,resident"],
+        "--policies belady-bypass, resident: simulated beside every answer anyway",
+    ),
     "an empty entry": (["--tpot-ms", "3", "--policies", "lru,,slru"], "is not a policy"),
     "short context": (
         ["--tpot-ms", "3", "--policies", "lru", "--context", "5"],

@@ -237,6 +237,13 @@ def test_context_is_reserved_and_attended_to(trace: Trace) -> None:
     assert many["breakdown_ms"]["segments"] > few["breakdown_ms"]["segments"]
 
 
+def test_who_only_prefills_has_a_kv_cache_too(trace: Trace) -> None:
+    rows = 2 * 14 + 5  # the third request is cut off before it decodes
+    work = Inputs(trace, max_tokens=rows, batch=3).workload()
+    assert max(len(step.requests) for step in work.steps()) == 2
+    assert (work.max_batch, work.kv_capacity) == (3, 3 * 14)
+
+
 def test_a_longer_context_leaves_less_for_experts(trace: Trace) -> None:
     slots = []
     for context in (14, 40, 60):

@@ -206,11 +206,12 @@ class Schedule:
     """Rows in another order than they were recorded in, and the step of each.
 
     ``rows``: int [rows], of the trace's columns, each at most once; ``steps``: int [rows],
-    non-decreasing.
+    non-decreasing; ``lines``: requests that are in memory together, whoever shares a step.
     """
 
     rows: IntArray
     steps: IntArray
+    lines: int = 1
 
 
 class Workload:
@@ -248,6 +249,7 @@ class Workload:
         self.num_experts = num_experts
         self.touch_order = touch_order
         self._context = context or 0
+        self._lines = 1 if schedule is None else schedule.lines
         raw_steps = columns["step"][keep] if schedule is None else schedule.steps
         boundary = np.concatenate(([True], raw_steps[1:] != raw_steps[:-1]))
         self.step_of_row = np.cumsum(boundary) - 1
@@ -286,8 +288,8 @@ class Workload:
 
     @property
     def max_batch(self) -> int:
-        """Most requests that share one step."""
-        return max(len(step.requests) for step in self.steps())
+        """Most requests that share one step, or that are in memory together."""
+        return max(self._lines, max(len(step.requests) for step in self.steps()))
 
     def column(self, name: str) -> IntArray:
         """An optional column's rows, for the requests kept."""

@@ -382,4 +382,6 @@ def _elsewhere(
     known = {label: each for label, each in choices.items() if each == split}
     found = system.fastest_at(known, slots) if known and not chosen.holds_all else None
     nbytes = slots * sum(asked.setting.geometry.expert_bytes_by_layer)
-    return pins, tuple(lines_for(asked, nbytes, pins, None if found is None else found.tpot_ms))
+    policy = None if chosen.holds_all else chosen.policy
+    split_ms = None if found is None else found.tpot_ms
+    return pins, tuple(lines_for(asked, nbytes, pins, policy, split_ms))

@@ -98,6 +98,9 @@ def confidence_in(
     if batch > 1:
         why = f"measured times; {batch} requests at a time were not validated"
         return Confidence("calibrated", why, own[0].name)
+    if found.on_cpu:
+        why = f"measured times; {found.policy}, whose misses the CPU computes in part, and its like"
+        return Confidence("calibrated", f"{why} were not validated", own[0].name)
     is_own = any(found.policy in each.policies for each in own)
     used = own if is_own else campaigns
     errors = np.concatenate([_errors(each, found.prefetches, percentile) for each in used])

@@ -79,8 +79,13 @@ def cpu_layers(geometry: Geometry, expert_bytes: int) -> int:
     return 0
 
 
-def lines_for(asked: Asked, expert_bytes: int, pins: Pins, split_ms: float | None) -> list[Line]:
-    """``split_ms``: simulated TPOT of ``fiddler`` there, the nearest to both engines, if any."""
+def lines_for(
+    asked: Asked, expert_bytes: int, pins: Pins, policy: str | None, split_ms: float | None
+) -> list[Line]:
+    """``policy``: of the answer, None: all experts are there.
+
+    ``split_ms``: simulated TPOT of ``fiddler`` there, the nearest to both engines, if any.
+    """
     geometry = asked.setting.geometry
     memory = f"{expert_bytes / 2**30:.1f} GiB of {geometry.expert_dtype} experts"
     nearest = "moesim has no such policy" + (
@@ -88,9 +93,10 @@ def lines_for(asked: Asked, expert_bytes: int, pins: Pins, split_ms: float | Non
         if split_ms is None
         else f"; the nearest, fiddler, takes {split_ms:.1f} ms a token"
     )
+    times = "" if policy is None else f"; the times above are those of {policy}"
     covered = f"{pins.covered_share * 100:.0f} %"
     return [
-        Line("any engine", f"{pins.experts_a_layer} slots a layer", f"{memory} in all"),
+        Line("any engine", f"{pins.experts_a_layer} slots a layer", f"{memory} in all{times}"),
         Line(
             "pinned experts (--pin FILE)",
             f"{pins.experts_a_layer} experts a layer, the most popular",

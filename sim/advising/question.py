@@ -170,6 +170,12 @@ def _config(question: Question) -> SweepConfig:
                 "simulated without being named: leave it out"
             )
     chosen = question.policies or tuple(PolicyChoice(name=name) for name in _usual())
+    if not any(choice not in (ALL, *BOUNDS) for choice in chosen):
+        names = ", ".join(label_of(choice) for choice in chosen)
+        raise UserError(
+            f"--policies {names}: simulated beside every answer anyway, and nothing to choose "
+            "from: name others, or leave --policies out"
+        )
     return config_of(
         question.trace,
         policies=(*(each for each in chosen if each not in (ALL, *BOUNDS)), ALL, *BOUNDS),
@@ -196,7 +202,10 @@ def _limit(question: Question, setting: Setting) -> int:
     card = load_hardware(question.hardware).gpu_memory_bytes
     if question.gpu_memory is None:
         return card
-    given = parse_bytes(question.gpu_memory)
+    try:
+        given = parse_bytes(question.gpu_memory)
+    except UserError as error:
+        raise UserError(f"--gpu-memory: {error}") from None
     if given > card:
         raise UserError(
             f"--gpu-memory {question.gpu_memory}: {question.hardware} has {format_bytes(card)}: "

@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+import policies
 from sim.advising.points import Points
 from sim.advising.question import ALL, Asked
 from sim.ranking import by_tpot, tied_labels, winner_at_knee
@@ -34,7 +35,8 @@ class Found:
     """A point that answers a question. Times are of the percentile asked for.
 
     ``slots``: a layer; None where the budget was the whole memory. ``ties``: other policies within
-    2 % of it in the same budget. ``gpu_memory_bytes``: of the whole model.
+    2 % of it in the same budget. ``gpu_memory_bytes``: of the whole model. ``on_cpu``: the CPU
+    computed some of its misses.
     """
 
     policy: str
@@ -49,6 +51,7 @@ class Found:
     lossless: bool
     holds_all: bool
     point_id: str
+    on_cpu: bool = False
 
 
 class System:
@@ -110,13 +113,13 @@ class System:
         return points[good]
 
     def smallest(self, choices: Choices, most: int | None = None) -> int | None:
-        """The fewest slots a layer with which any policy meets the target; None: not even all.
+        """The fewest slots a layer with which any policy meets the target; None: nobody does.
 
         ``most``: try no more than that, and take it that somebody does with so many.
         """
-        if most is None and self.meets(self.at_slots([], self.experts)).empty:
+        most = most or self._enough(choices)
+        if most is None:
             return None
-        most = most or self.experts
         grid = [slots for slots in self.grid if slots < most]
         good = self.meets(self.at_slots(choices.values(), *grid))
         brackets = {label: _Bracket.of(self._first(good, label), grid, most) for label in choices}
@@ -132,6 +135,17 @@ class System:
             met = self._met(choices, tried)
             for label, slots in tried.items():
                 brackets[label].note(slots, met[label])
+
+    def _enough(self, choices: Choices) -> int | None:
+        """Slots a layer with which the target is met: all, else the fewest of the grid.
+
+        A lossy policy may be faster than all experts on the GPU, which then says nothing of it.
+        """
+        if not self.meets(self.at_slots([], self.experts)).empty:
+            return self.experts
+        lossy = [each for each in choices.values() if not policies.get(each.name).lossless]
+        good = self.meets(self.at_slots(lossy, *self.grid)) if lossy else None
+        return None if good is None or good.empty else min(map(_slots, good["point.expert_budget"]))
 
     def _met(self, choices: Choices, tried: dict[str, int]) -> dict[str, bool]:
         rows = self._points.rows(
@@ -211,6 +225,7 @@ class System:
             lossless=bool(best["really_lossless"]),
             holds_all=best["policy"] == ALL.name,
             point_id=str(best["point_id"]),
+            on_cpu=any(best[f"{phase}.cpu"] > 0 for phase in ("decode", "prefill")),
         )
 
     def knee(self, choices: Choices) -> Found | None:

@@ -77,7 +77,7 @@ def _beside(advice: Advice, found: Found) -> Iterator[str]:
     below = advice.below
     if below is not None:
         yield f"with {_slots(below.slots)} the best is {below.policy}: {_times(below)}"
-    yield from _limit_words(advice.limits.get("smallest"))
+    yield from _limit_words(advice.limits.get("smallest"), found)
     oracle = advice.oracle
     if oracle is None:
         return
@@ -100,7 +100,7 @@ def _fastest_words(advice: Advice) -> Iterator[str]:
         yield f"Fastest in {limit}: nothing can run in it"
         return
     yield f"Fastest in {limit}: {_place(found)}"
-    yield from (f"  {line}" for line in _limit_words(advice.limits.get("fastest")))
+    yield from (f"  {line}" for line in _limit_words(advice.limits.get("fastest"), found))
 
 
 def _knee_words(advice: Advice) -> Iterator[str]:
@@ -134,16 +134,17 @@ _VERDICTS = {
     "in the same memory",
     "capacity-limited": "the capacity is the limit: even an oracle ({bound}) would take only "
     "{saves} less time in the same memory",
-    "beyond bound": "faster than any oracle that copies what it misses ({bound}, {ms}): the CPU "
-    "computes a part; what a better policy could gain is not known",
+    "beyond bound": "faster than any oracle that copies what it misses ({bound}, {ms}): {why}; "
+    "what a better policy could gain is not known",
 }
 
 
-def _limit_words(limit: Limit | None) -> Iterator[str]:
+def _limit_words(limit: Limit | None, found: Found) -> Iterator[str]:
     if limit is not None and limit.verdict in _VERDICTS:
+        why = "the CPU computes a part" if found.lossless else "it computes other experts"
         saves = f"{max(limit.saves, 0) * 100:.0f} %"
         yield _VERDICTS[limit.verdict].format(
-            bound=limit.bound, saves=saves, ms=as_ms(limit.bound_ms)
+            bound=limit.bound, saves=saves, ms=as_ms(limit.bound_ms), why=why
         )
 
 
