@@ -172,7 +172,8 @@ def _write_pins(advice: Any, pin: Path | None) -> None:
     if pin is None:
         return
     if advice.pins is None:
-        print(f"moesim: note: nothing can run, so {pin} was not written", file=sys.stderr)
+        why = "nothing can run" if advice.chosen is None else "all experts fit"
+        print(f"moesim: note: {why}, so {pin} was not written", file=sys.stderr)
         return
     facts = {name: advice.system[name] for name in ("model", "trace_digest", "batch")}
     pinned = {**facts, **vars(advice.pins), "produced_by": advice.produced_by}

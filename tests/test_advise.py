@@ -413,7 +413,7 @@ def test_all_policies_are_candidates_but_lossy_ones_and_oracles(tiny: Path) -> N
     assert missing == {"finemoe", "promoe"}  # columns that this trace lacks
     for name in policies.names():
         info = policies.get(name)
-        expected = name in ("belady-bypass", "oracle-prefetch") or (
+        expected = name in ("belady", "belady-bypass", "oracle-prefetch") or (
             info.lossless and not info.oracle
         )
         assert (name in simulated) == expected, name
@@ -429,6 +429,49 @@ def test_a_lossy_policy_counts_where_it_is_named_and_says_so(tiny: Path) -> None
     assert times["lru", "swapmoe"].fastest.policy == "swapmoe"
     assert not times["lru", "swapmoe"].fastest.lossless
     assert "swapmoe (lossy: it changes what the model says)" in times["lru", "swapmoe"].text
+    # With room for all experts too: nothing that was simulated and fits is faster.
+    whole = quick(tiny, policies=["lru", "swapmoe"], what_if=False)
+    fitting = [
+        row["tpot_ms.mean"]
+        for row in whole.points
+        if row["status"] == "ok"
+        and not row["oracle"]
+        and row["memory.peak_bytes"] <= whole.system["limit_bytes"]
+    ]
+    assert whole.fastest is not None
+    assert whole.fastest.tpot_ms == min(fitting)
+
+
+def test_where_all_experts_fit_no_flag_is_needed(tiny: Path) -> None:
+    """The card of 24 GiB, as it is called, has 23.99: that is no error."""
+    plain = quick(tiny, policies=["lru"], what_if=False, tpot_ms=0.0001)
+    named = quick(tiny, policies=["lru"], what_if=False, tpot_ms=0.0001, gpu_memory="24GiB")
+    assert named.system == plain.system
+    assert named.chosen is not None
+    assert named.chosen.holds_all
+    assert [(line.text, line.assumes) for line in named.lines] == [
+        ("no flag", "all experts fit on the GPU")
+    ]
+    assert named.pins is None
+    with pytest.raises(UserError, match=r"has 23.99 GiB: give at most that"):
+        quick(tiny, policies=["lru"], gpu_memory="25GiB")
+
+
+def test_a_ttft_alone_says_by_what_policies_are_compared(tiny: Path) -> None:
+    said = "told by TPOT"
+    assert (
+        said
+        in advise(
+            "sample",
+            hardware=HARDWARE,
+            geometry="olmoe-1b-7b",
+            max_tokens=60,
+            policies=["lru"],
+            ttft_ms=5000,
+            what_if=False,
+        ).text
+    )
+    assert said not in quick(tiny, policies=["lru"], what_if=False).text
 
 
 def test_whose_misses_the_cpu_computes(tiny: Path) -> None:
@@ -623,7 +666,14 @@ WRONG: dict[str, tuple[list[str], str]] = {
     ),
     "no unit": (["--tpot-ms", "3", "--gpu-memory", "8"], "--gpu-memory: size '8' has no unit"),
     "unknown policy": (["--tpot-ms", "3", "--policies", "lru,lrru"], "lrru"),
-    "an oracle": (["--tpot-ms", "3", "--policies", "belady"], "--policies belady: it knows"),
+    "an oracle": (
+        ["--tpot-ms", "3", "--policies", "belady-global"],
+        "--policies belady-global: it knows",
+    ),
+    "more context than the card": (
+        ["--tpot-ms", "3", "--context", "1073741824"],
+        "without any expert",
+    ),
     "bounds alone": (
         ["--tpot-ms", "3", "--policies", "belady-bypass,resident"],
         "--policies belady-bypass, resident: simulated beside every answer anyway",

@@ -376,12 +376,13 @@ def _elsewhere(
     """Lines for other engines, with as many bytes of experts as the answer has."""
     if chosen is None:
         return None, ()
+    if chosen.holds_all:
+        return None, (Line("any engine", "no flag", "all experts fit on the GPU"),)
     slots = chosen.slots or slots_in(asked.setting.geometry, chosen.expert_bytes)
     pins = pins_of(asked, slots)
     split = PolicyChoice(name="fiddler")
     known = {label: each for label, each in choices.items() if each == split}
-    found = system.fastest_at(known, slots) if known and not chosen.holds_all else None
+    found = system.fastest_at(known, slots) if known else None
     nbytes = slots * sum(asked.setting.geometry.expert_bytes_by_layer)
-    policy = None if chosen.holds_all else chosen.policy
     split_ms = None if found is None else found.tpot_ms
-    return pins, tuple(lines_for(asked, nbytes, pins, policy, split_ms))
+    return pins, tuple(lines_for(asked, nbytes, pins, chosen.policy, split_ms))

@@ -80,9 +80,9 @@ def cpu_layers(geometry: Geometry, expert_bytes: int) -> int:
 
 
 def lines_for(
-    asked: Asked, expert_bytes: int, pins: Pins, policy: str | None, split_ms: float | None
+    asked: Asked, expert_bytes: int, pins: Pins, policy: str, split_ms: float | None
 ) -> list[Line]:
-    """``policy``: of the answer, None: all experts are there.
+    """``policy``: of the answer.
 
     ``split_ms``: simulated TPOT of ``fiddler`` there, the nearest to both engines, if any.
     """
@@ -93,7 +93,7 @@ def lines_for(
         if split_ms is None
         else f"; the nearest, fiddler, takes {split_ms:.1f} ms a token"
     )
-    times = "" if policy is None else f"; the times above are those of {policy}"
+    times = f"; the times above are those of {policy}"
     covered = f"{pins.covered_share * 100:.0f} %"
     return [
         Line("any engine", f"{pins.experts_a_layer} slots a layer", f"{memory} in all{times}"),

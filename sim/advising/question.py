@@ -19,10 +19,14 @@ from sim.selection import RESIDENT
 from sim.sweeps import PolicyChoice, PolicyChoices, SweepConfig
 from tracer.workload import DECODE, PREFILL
 
-BOUNDS = (PolicyChoice(name="belady-bypass"), BOUND)
-"""Simulated beside every answer: perfect caching, and perfect prefetching over a perfect cache."""
+BOUNDS = (PolicyChoice(name="belady"), PolicyChoice(name="belady-bypass"), BOUND)
+"""Simulated beside every answer: perfect caching, without and with staging slots (which may cost up
+to a slot a layer in whole budgets), and perfect prefetching over a perfect cache."""
 
 ALL = PolicyChoice(name=RESIDENT)
+
+_ROUNDED = 1.005
+"""A card of 24 GiB, as it is called, has 23.99."""
 
 Percentile = Literal["mean", "p50", "p90", "p99"]
 
@@ -200,18 +204,27 @@ def _usual() -> list[str]:
 def _limit(question: Question, setting: Setting) -> int:
     """Bytes that the whole model may take; UserError where they do not hold the fixed part."""
     card = load_hardware(question.hardware).gpu_memory_bytes
+    fixed = setting.memory.fixed_bytes
     if question.gpu_memory is None:
+        if card <= fixed:
+            raise UserError(
+                f"{question.hardware} has {format_bytes(card)}; without any expert "
+                f"{setting.geometry.name} needs {format_bytes(fixed)} "
+                f"({format_bytes(setting.memory.kv_bytes)} of it KV cache): lower --context or "
+                "--batch, or name a hardware that has more"
+            )
         return card
     try:
         given = parse_bytes(question.gpu_memory)
     except UserError as error:
         raise UserError(f"--gpu-memory: {error}") from None
+    if card < given <= card * _ROUNDED:
+        return card
     if given > card:
         raise UserError(
             f"--gpu-memory {question.gpu_memory}: {question.hardware} has {format_bytes(card)}: "
             "give at most that, or name a hardware that has more"
         )
-    fixed = setting.memory.fixed_bytes
     if given <= fixed:
         raise UserError(
             f"--gpu-memory {question.gpu_memory}: without any expert {setting.geometry.name} needs "

@@ -183,11 +183,21 @@ class System:
         return self._fastest(self.at_slots(choices.values(), slots), slots)
 
     def fastest_in(self, choices: Choices, nbytes: int) -> Found | None:
-        """The fastest in so much memory; with room for all experts, that is all of them."""
+        """The fastest in so much memory; with room for all experts, that is all of them.
+
+        A lossy policy may be faster with less, so that its points of the grid count too.
+        """
         everything = self.everything()
-        return (
-            everything if everything.gpu_memory_bytes <= nbytes else self.best_in(choices, nbytes)
-        )
+        fits = everything.gpu_memory_bytes <= nbytes
+        found = [everything if fits else self.best_in(choices, nbytes)]
+        lossy = [each for each in choices.values() if not policies.get(each.name).lossless]
+        for slots in self.grid if lossy else ():
+            points = self.at_slots(lossy, slots)
+            if not points.empty:
+                there = points[points["memory.peak_bytes"] <= nbytes]
+                found.append(self._fastest(there, slots))
+        known = [each for each in found if each is not None]
+        return min(known, key=lambda each: each.tpot_ms, default=None)
 
     def best_in(self, choices: Choices, nbytes: int) -> Found | None:
         """The fastest in so much memory, by policy; None where nothing can run."""

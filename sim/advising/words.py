@@ -51,6 +51,8 @@ def _heading(advice: Advice) -> Iterator[str]:
         f"Judged on {system['judged_tokens']} tokens of {system['judged_requests']} requests; "
         f"{len(advice.points)} points simulated"
     )
+    if question.tpot_ms is None:
+        yield "Who is fastest, the knee and what limits a policy are told by TPOT"
 
 
 def _smallest_words(advice: Advice) -> Iterator[str]:
