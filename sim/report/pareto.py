@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from configs.figure_style import INK, LOOKS, ORANGE
+from configs.figure_style import INK, LOOKS
 from sim.front import front, without_slivers
 from sim.report.askers import GOAL, Goal
 from sim.report.canvas import FRONT, axis, layout, log_ms_axis, menu
@@ -114,7 +114,7 @@ def _target(points: pd.DataFrame, goal: Goal) -> list[go.Scatter]:
             y=[goal.tpot_ms] * 2,
             name=f"target: at most {goal.tpot_ms:g} ms",
             mode="lines",
-            line={"color": ORANGE, "width": 2, "dash": "dash"},
+            line={"color": INK, "width": 1.5, "dash": "dash"},
             hoverinfo="skip",
         )
     ]
@@ -147,7 +147,7 @@ def _policy(rows: pd.DataFrame, look: Look, on_front: set[Any], goal: Goal) -> g
 
 def _told(row: Row, goal: Goal) -> list[str]:
     limit, whose = _limit(row, goal)
-    misfit = "" if row["memory.fits"] else f" (the {whose} has {as_gib(limit)})"
+    misfit = "" if row["memory.fits"] else f" ({whose}: {as_gib(limit)})"
     rate = row["decode.hit_rate"]
     return [
         plain(row["label"] if row["kind"] == "causal" else f"{row['label']} ({row['kind']})"),
@@ -167,7 +167,7 @@ def _limit(row: Row, goal: Goal) -> tuple[float, str]:
     """Bytes that the whole model may take, and what sets them."""
     if goal.limit_bytes is None:
         return float(row["memory.gpu_memory_bytes"]), "GPU"
-    return float(goal.limit_bytes), "question"
+    return float(goal.limit_bytes), "limit"
 
 
 def _filters(looks: Sequence[Look], fixed: int) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
