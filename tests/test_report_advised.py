@@ -35,8 +35,8 @@ ASKED = {
     "tpot_ms": 60.0,
     "gpu_memory": "5GiB",
     "percentile": "p90",
-    "max_tokens": 24,
-    "policies": ("lru", {"name": "next-gate", "set": {"depth": "2"}}),
+    "max_tokens": 60,
+    "policies": ({"name": "next-gate", "set": {"depth": "2"}},),
 }
 
 
@@ -69,7 +69,7 @@ def test_the_page_has_every_word_of_the_advice(page: Page, directory: Path) -> N
         "olmoe-1b-7b on laptop-pcie4x8",
         "At most TPOT 60 ms (p90 of the requests); 1 request at a time",
         "5.0 GiB; 0.9 GiB without experts",
-        "lru, next-gate:depth=2",
+        "next-gate:depth=2",
         "In brackets: does not fit 5.0 GiB.",
     ):
         assert words in page.words
@@ -145,8 +145,8 @@ def test_the_command_has_all_that_was_asked(advice: Advice) -> None:
     assert line == (
         "moesim advise --trace 'my trace' --geometry olmoe-1b-7b --dtype int8 --hardware "
         "laptop-pcie4x8 --link 24GB/s --timings t.yaml --tpot-ms 60 --ttft-ms 250.5 --percentile "
-        "p90 --gpu-memory 5GiB --policies lru,next-gate:depth=2 --batch 4 --context 8192 "
-        "--max-tokens 24 --fit-share 0.25 --seed 7 --no-what-if --out results"
+        "p90 --gpu-memory 5GiB --policies next-gate:depth=2 --batch 4 --context 8192 "
+        "--max-tokens 60 --fit-share 0.25 --seed 7 --no-what-if --out results"
     )
 
 
