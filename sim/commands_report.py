@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
 
 
 def report_command(
-    directory: Annotated[Path, typer.Argument(help="Results of a sweep.")],
+    directory: Annotated[Path, typer.Argument(help="Results of a sweep, or of advise --out.")],
     validation: Annotated[
         list[Path] | None,
         typer.Option(
@@ -24,13 +24,13 @@ def report_command(
     ] = None,
     trace: Annotated[
         str | None,
-        typer.Option("--trace", help="Where the sweep's trace lies, if not under its own name."),
+        typer.Option("--trace", help="Where the trace lies, if not under its own name."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="HTML file; DIRECTORY/report.html without it.")
     ] = None,
 ) -> None:
-    """Write a sweep as one HTML file to hand on; it needs no network.
+    """Write a sweep or an advice as one HTML file to hand on; it needs no network.
 
     The question, the recommendation, latency against memory to hover and filter, ranking, where the
     time goes, which experts are popular, predicted against measured, and how to reproduce it.

@@ -24,13 +24,14 @@ from configs.errors import UserError
 from sim.advice import recommend
 from sim.ranking import pick_of
 from sim.report import write_report
+from sim.report.askers import Swept, as_yaml
 from sim.report.breakdown import breakdown_figure
 from sim.report.experts import Popularity, experts_figure, popularity_of
 from sim.report.grid import grid_figure
 from sim.report.looks import looks_of, pitch_of, wrapped
 from sim.report.measured import errors_table, read_validations
 from sim.report.pareto import pareto_figure
-from sim.report.reproduce import as_yaml, commands_of
+from sim.report.reproduce import commands_of
 from sim.report.results import Results, read
 from sim.sweeps import load_config
 from tests.reported import (
@@ -216,7 +217,7 @@ def test_the_front_figure_has_every_point_once(loaded: Results) -> None:
     looks = looks_of(loaded.points)
     for name in loaded.systems:
         points = loaded.of_system(name)
-        figure = pareto_figure(points, looks)
+        figure = pareto_figure(points, looks, ("recommended", pick_of(points)))
         drawn = sorted(
             (x, y) for trace in figure.data[2:] for x, y in zip(trace.x, trace.y, strict=True)
         )
@@ -228,7 +229,9 @@ def test_the_front_figure_has_every_point_once(loaded: Results) -> None:
 
 
 def test_the_menu_filters_policies(loaded: Results) -> None:
-    figure = pareto_figure(loaded.of_system(loaded.systems[0]), looks_of(loaded.points))
+    points = loaded.of_system(loaded.systems[0])
+    pick = ("recommended", pick_of(points))
+    figure = pareto_figure(points, looks_of(loaded.points), pick)
     names = [trace.name for trace in figure.data]
     shown = {
         button.label: [
@@ -328,11 +331,11 @@ def test_a_trace_that_is_gone_is_said_and_can_be_named(tmp_path: Path, moesim: A
     other = make_trace(tmp_path / "other", seed=5).path
     code, _, err = moesim("report", results, "--trace", other, "--out", tmp_path / "c.html")
     assert code == 2
-    assert "is not the trace that was swept" in err
+    assert "is not the trace of this sweep" in err
     # Under the sweep's name there may be another trace by now.
     other.rename(trace)
     _, notes = write_report(results, tmp_path / "d.html")
-    assert "is not the trace that was swept" in notes[0]
+    assert "is not the trace of this sweep" in notes[0]
 
 
 # ---------------------------------------------------------------------- measured
@@ -363,10 +366,11 @@ def test_errors_are_those_of_the_validation(loaded: Results) -> None:
 
 
 def test_the_page_reproduces_the_sweep(loaded: Results, page: Page, tmp_path: Path) -> None:
-    text = as_yaml(loaded.config)
+    assert isinstance(loaded.asker, Swept)
+    text = as_yaml(loaded.asker.config)
     assert " ".join(text.split()) in page.words
     (tmp_path / "sweep.yaml").write_text(text)
-    assert load_config(tmp_path / "sweep.yaml") == loaded.config
+    assert load_config(tmp_path / "sweep.yaml") == loaded.asker.config
     assert yaml.safe_load(text)["policies"][-1] == {
         "name": "oracle-prefetch",
         "set": {"cache": "belady"},

@@ -15,17 +15,20 @@ _MOST_POLICIES = 6
 
 def as_text(advice: Advice) -> str:
     """All answers: a line a fact, those that belong to an answer indented below it."""
-    parts = (
-        _heading(advice),
-        _smallest_words(advice),
-        _fastest_words(advice),
-        _knee_words(advice),
-        _what_if_words(advice),
-        _confidence_words(advice),
-        _line_words(advice),
-        _left_out_words(advice),
-    )
-    return "\n".join(line for part in parts for line in part)
+    return "\n".join(line for lines in sections(advice).values() for line in lines)
+
+
+def sections(advice: Advice) -> dict[str, list[str]]:
+    """The lines of :func:`as_text` by what they are about."""
+    answers = (*_smallest_words(advice), *_fastest_words(advice), *_knee_words(advice))
+    return {
+        "question": list(_heading(advice)),
+        "answers": list(answers),
+        "what-ifs": list(_what_if_words(advice)),
+        "confidence": list(_confidence_words(advice)),
+        "elsewhere": list(_line_words(advice)),
+        "left out": list(_left_out_words(advice)),
+    }
 
 
 def _heading(advice: Advice) -> Iterator[str]:

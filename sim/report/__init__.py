@@ -1,4 +1,4 @@
-"""One HTML file of a sweep, to hand on: the question, the answer, and what it rests on."""
+"""One HTML file of a sweep or an advice, to hand on: question, answer, and what it rests on."""
 
 from __future__ import annotations
 

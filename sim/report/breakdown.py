@@ -34,7 +34,7 @@ def breakdown_figure(points: pd.DataFrame, looks: Sequence[Look]) -> go.Figure:
     for trace, owner in zip(traces, owners, strict=True):
         trace.visible = owner == first
     most = max(groups[budget]["label"].nunique() for budget in ordered)
-    slowest = float(points["tpot_ms.mean"].max())
+    slowest = float(points["step_ms"].max())
     figure = go.Figure(traces)
     entries = [
         (
@@ -67,12 +67,12 @@ def breakdown_figure(points: pd.DataFrame, looks: Sequence[Look]) -> go.Figure:
 
 
 def _order(group: pd.DataFrame, names: dict[str, str]) -> list[str]:
-    ordered = group.sort_values(["tpot_ms.mean", "label"], kind="stable")
+    ordered = group.sort_values(["step_ms", "label"], kind="stable")
     return [wrapped(names[label]) for label in ordered["label"]]
 
 
 def _bars(group: pd.DataFrame, names: dict[str, str]) -> list[Any]:
-    rows = group.sort_values(["tpot_ms.mean", "label"], kind="stable")
+    rows = group.sort_values(["step_ms", "label"], kind="stable")
     places = _order(group, names)
     bars: list[Any] = []
     for part, title, colour, _ in PARTS:
@@ -103,7 +103,7 @@ def _bars(group: pd.DataFrame, names: dict[str, str]) -> list[Any]:
                     + ": %{customdata[0]}<extra></extra>",
                 )
             )
-    totals = rows["tpot_ms.mean"].tolist()
+    totals = rows["step_ms"].tolist()
     bars.append(
         go.Scatter(
             x=totals,

@@ -31,25 +31,26 @@ _SCALE = [
 
 @dataclass(frozen=True)
 class Popularity:
-    """Accesses by layer and expert of the rows that the sweep replayed; ``subject`` says which."""
+    """Accesses by layer and expert of the rows that were replayed; ``subject`` says which."""
 
     subject: str
     table: pd.DataFrame
 
 
 def popularity_of(results: Results, name: str | None) -> Popularity | str:
-    """The trace's, opened under the sweep's name for it or ``name``; else why there is none.
+    """The trace's, opened under its name in the results or ``name``; else why there is none.
 
-    Raises UserError where ``name`` is given and is not the trace of this sweep.
+    Raises UserError where ``name`` is given and is another trace.
     """
     try:
-        trace = Trace.open(results.config.trace if name is None else name)
+        trace = Trace.open(results.asker.trace if name is None else name)
         if trace.digest != results.trace_digest:
+            noun = results.asker.noun
             raise UserError(
-                f"{trace.path} is not the trace that was swept (its digest begins "
-                f"{trace.digest:.8}, the sweep's {results.trace_digest:.8})"
+                f"{trace.path} is not the trace of this {noun} (its digest begins "
+                f"{trace.digest:.8}, the {noun}'s {results.trace_digest:.8})"
             )
-        experts = trace.load(["experts"], 0, results.config.max_tokens)["experts"]
+        experts = trace.load(["experts"], 0, results.asker.max_tokens)["experts"]
     except UserError as error:
         if name is not None:
             raise UserError(f"--trace {name}: {error}") from None

@@ -1,4 +1,4 @@
-"""What was swept, in words: the question that a report answers."""
+"""What was asked and simulated, in words: the question that a report answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from sim.report.results import Results
 from sim.selection import link_name
 from sim.wording import as_gib
 
-_MOST_NAMED = 3
 _ROUTING = (
     *("tokens.prefill", "tokens.decode"),
     *("trace.judged_requests", "trace.fitted_requests", "trace.set_aside_for"),
@@ -33,28 +32,16 @@ def title_of(results: Results) -> str:
     return f"{points['geometry'].iloc[0]} on {where}"
 
 
-def question_of(results: Results) -> str:
-    """One sentence."""
-    points = results.points
-    total = as_gib(points["memory.expert_bytes_total"].iloc[0])
-    names = list(dict.fromkeys(points["hardware"]))
-    hardware = " or ".join(names) if len(names) <= _MOST_NAMED else f"{len(names)} machines"
-    return (
-        f"{points['geometry'].iloc[0]} has {total} of experts ({points['expert_dtype'].iloc[0]}). "
-        f"On {hardware}: which expert caching or prefetching policy, at which GPU memory budget, "
-        "over which link, gives which latency?"
-    )
-
-
 def facts_of(results: Results, looks: Sequence[Look]) -> list[tuple[str, list[str]]]:
-    """What was swept: names, each with lines."""
+    """What was asked and simulated: names, each with lines."""
     points = results.points
     facts = [
+        *results.asker.facts(),
         ("Routing", _routing(results)),
         ("Model", _model(points)),
         ("Hardware", _hardware(points)),
         ("Links", [", ".join(link_name(rate) for rate in sorted(set(points["link_bytes_per_s"])))]),
-        ("Budgets", [_budgets(results)]),
+        ("Budgets", [results.asker.budgets]),
     ]
     for kind in KINDS:
         labels = [look.label for look in looks if look.kind == kind]
@@ -80,7 +67,7 @@ def _routing(results: Results) -> list[str]:
     points = results.points
     first = points.iloc[0]
     model = f" (recorded from {first['trace.model']})" if "trace.model" in points else ""
-    lines = [f"{results.config.trace}{model}, digest {results.trace_digest:.8}"]
+    lines = [f"{results.asker.trace}{model}, digest {results.trace_digest:.8}"]
     if {*_ROUTING} <= {*points}:
         lines.append(
             f"judged on {_counted(int(first['trace.judged_requests']), 'request')}: "
@@ -119,12 +106,6 @@ def _hardware(points: pd.DataFrame) -> list[str]:
         origin = "measured on such a machine" if measured else "from datasheets"
         lines.append(f"{name}: {memory} of GPU memory; profile {origin}")
     return lines
-
-
-def _budgets(results: Results) -> str:
-    if results.config.budgets:
-        return f"{', '.join(results.config.budgets)} for the whole model"
-    return f"{', '.join(results.config.expert_budgets)} of the experts' bytes, for expert slots"
 
 
 def _points(results: Results) -> list[str]:

@@ -86,7 +86,7 @@ def _cell(group: pd.DataFrame, look: Look) -> tuple[float | None, str, str]:
     text = three_figures(row["tpot_ms.mean"])
     words = f"{plain(look.name)}<br>budget {plain(row['budget'])}: {text} ms a token"
     if not row["memory.fits"]:
-        return ratio, f"({text})", f"{words}<br>does not fit the GPU"
+        return ratio, f"({text})", f"{words}<br>does not fit"
     if row.name in fitting.index and ratio <= 1 + TIE_MARGIN:
         return ratio, f"<b>{text}</b>", f"{words}<br>fastest, or within 2 % of it"
     return ratio, text, f"{words}<br>{ratio:.2f} times the fastest choice"

@@ -157,8 +157,8 @@ def _read(folder: Path, results: Results) -> Measured:
     swept = sorted(set(results.points["geometry"]))
     if report.plan.geometry not in swept:
         raise UserError(
-            f"--validation: {path} is of geometry {report.plan.geometry}, the sweep of "
-            f"{', '.join(swept)}: name a validation of the same"
+            f"--validation: {path} is of geometry {report.plan.geometry}, the "
+            f"{results.asker.noun} of {', '.join(swept)}: name a validation of the same"
         )
     return report
 

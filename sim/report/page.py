@@ -15,9 +15,8 @@ from plotly.offline import get_plotlyjs
 
 from configs.errors import UserError
 from configs.files import write_atomically
-from sim.advice import Recommendation, recommend
+from sim.advice import recommend
 from sim.front import front, without_slivers
-from sim.ranking import pick_of
 from sim.report import facts, reproduce
 from sim.report.breakdown import breakdown_figure
 from sim.report.canvas import as_html
@@ -33,7 +32,6 @@ from sim.report.measured import (
 )
 from sim.report.pareto import fronts_figure, pareto_figure
 from sim.report.results import Results, read
-from sim.selection import middle
 from sim.tables import winner_row, winner_runs
 from sim.wording import as_gib, as_ms, as_percent, gib_figure, three_figures
 
@@ -66,10 +64,12 @@ def write_report(
     validations: Sequence[str | Path] = (),
     trace: str | None = None,
 ) -> tuple[Path, list[str]]:
-    """Write the page of a results directory; returns where, and what the user should be told.
+    """Write the page of a directory of `moesim sweep` or `advise`.
+
+    Returns where, and what the user should be told.
 
     ``out``: the file, ``report.html`` in the directory if not given. ``validations``: directories
-    of `moesim validate`. ``trace``: where the sweep's trace lies, if not under its own name.
+    of `moesim validate`. ``trace``: where the trace lies, if not under its own name.
 
     The same inputs give the same bytes. Raises UserError for a directory without a finished sweep,
     for what does not belong to it, and where another file is in the way.
@@ -95,9 +95,11 @@ def write_report(
 def render(results: Results, validation: Validation | None, popularity: Popularity | str) -> str:
     """The page as text."""
     looks = looks_of(results.points)
-    advice = {each.system: each for each in recommend(results.frame)}
+    asker = results.asker
+    answer = asker.answer
+    advice = {} if answer else {each.system: each.text for each in recommend(results.frame)}
     panels = [
-        _panel(number, name, results, looks, advice[name])
+        _panel(number, name, results, looks, advice.get(name, ""))
         for number, name in enumerate(results.systems, start=1)
     ]
     environment = Environment(
@@ -108,22 +110,27 @@ def render(results: Results, validation: Validation | None, popularity: Populari
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    first = results.systems.index(middle(results.systems)) + 1
+    first = results.systems.index(asker.first(results.points)) + 1
     return environment.get_template("page.html.j2").render(
         title=facts.title_of(results),
-        question=facts.question_of(results),
+        question=asker.question(results.points),
         facts=facts.facts_of(results, looks),
         failures=facts.failures_of(results),
         time_words=facts.time_words(results.points),
         panels=panels,
         first=first,
         most_chips=_MOST_CHIPS,
-        overview=[_overview(each, results) for each in advice.values()],
+        of="" if asker.goal.of == "mean" else f" ({asker.goal.of})",
+        target_ms=asker.goal.tpot_ms,
+        room="the GPU" if asker.goal.limit_bytes is None else as_gib(asker.goal.limit_bytes),
+        answer=answer,
+        picks_words=asker.picks_words,
+        overview=[_overview(name, results) for name in results.systems],
         fronts=_fronts(results),
         kinds={look.kind for look in looks},
         experts=_experts(popularity),
         validation=_validation(validation, results),
-        config=reproduce.as_yaml(results.config),
+        file=asker.file,
         commands=reproduce.commands_of(results, () if validation is None else validation.folders),
         versions=_versions(results, validation),
         identity=reproduce.identity_text(results),
@@ -141,18 +148,17 @@ def _versions(results: Results, validation: Validation | None) -> list[tuple[str
     ]
 
 
-def _panel(
-    number: int, name: str, results: Results, looks: Sequence[Look], advice: Recommendation
-) -> Panel:
+def _panel(number: int, name: str, results: Results, looks: Sequence[Look], advice: str) -> Panel:
     points = results.of_system(name)
     ranked = results.ranked[results.ranked["system"] == name]
-    _, *lines = advice.text.splitlines()
+    asker = results.asker
+    pick = (asker.pick_name, asker.pick(points))
     reference = str(ranked["faster_than"].mode().iloc[0])
     return Panel(
         number=number,
         name=name,
-        advice=[line.strip() for line in lines],
-        pareto=as_html(pareto_figure(points, looks), f"pareto-{number}"),
+        advice=[line.strip() for line in advice.splitlines()[1:]],
+        pareto=as_html(pareto_figure(points, looks, pick, asker.goal), f"pareto-{number}"),
         grid=_grid(points, looks, number),
         breakdown=as_html(breakdown_figure(points, looks), f"breakdown-{number}"),
         winner_cells=_winners(points, ranked),
@@ -226,7 +232,7 @@ def _parts(points: pd.DataFrame) -> list[list[str]]:
             row["budget"],
             row["label"] if row["kind"] == "causal" else f"{row['kind']}: {row['label']}",
             *(three_figures(_number(row[f"breakdown_ms.{name}"])) for name in names),
-            three_figures(row["tpot_ms.mean"]),
+            three_figures(row["step_ms"]),
         ]
         for row in points.to_dict("records")
     ]
@@ -236,14 +242,14 @@ def _number(value: Any) -> float:
     return 0.0 if pd.isna(value) else float(value)
 
 
-def _overview(advice: Recommendation, results: Results) -> list[str]:
+def _overview(name: str, results: Results) -> list[str]:
     """System, policy, budget, GPU memory, TPOT, TTFT and hits of the pick."""
-    pick = pick_of(results.of_system(advice.system))
+    pick = results.asker.pick(results.of_system(name))
     if pick is None:
-        return [advice.system, "nothing to recommend", *["-"] * 5]
+        return [name, "nothing to recommend", *["-"] * 5]
     rate = pick["decode.hit_rate"]
     return [
-        advice.system,
+        name,
         pick["label"],
         pick["budget"],
         as_gib(pick["memory.peak_bytes"]),
@@ -258,7 +264,7 @@ def _fronts(results: Results) -> Markup | None:
         return None
     lines = [(name, without_slivers(front(results.of_system(name)))) for name in results.systems]
     drawn = [(name, line) for name, line in lines if not line.empty]
-    return as_html(fronts_figure(drawn), "fronts") if drawn else None
+    return as_html(fronts_figure(drawn, results.asker.goal), "fronts") if drawn else None
 
 
 def _experts(found: Popularity | str) -> dict[str, Any]:

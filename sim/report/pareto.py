@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from configs.figure_style import INK, LOOKS
 from sim.front import front, without_slivers
-from sim.ranking import pick_of
+from sim.report.askers import GOAL, Goal
 from sim.report.canvas import FRONT, axis, layout, log_ms_axis, menu
 from sim.report.looks import SYMBOLS, Look, plain, wrapped
 from sim.selection import Row
@@ -22,36 +22,41 @@ _HOVER = (
     "TTFT %{customdata[3]}<br>hits %{customdata[4]}<br>GPU memory %{customdata[5]}<extra></extra>"
 )
 _MEMORY = "GPU memory, whole model (GiB)"
-_TPOT = "TPOT (ms a token, mean)"
 _LEGEND_COLUMNS, _MENU_COLUMNS = 34, 28
-_FIXED = 2  # traces that no menu hides: the front and the pick
 _DASHES = ("solid", "dash", "dot", "dashdot")
 
 
-def pareto_figure(points: pd.DataFrame, looks: Sequence[Look]) -> go.Figure:
-    """One system's points by policy, its Pareto front and the pick; a menu filters policies."""
+def pareto_figure(
+    points: pd.DataFrame, looks: Sequence[Look], pick: tuple[str, Row | None], goal: Goal = GOAL
+) -> go.Figure:
+    """One system's points by policy, its Pareto front, the pick and the target, if there is one.
+
+    ``pick``: its name and the point. A menu filters policies; front, pick and target stay.
+    """
     drawn = points[~points["saturated"]]
     present = [look for look in looks if (drawn["label"] == look.label).any()]
     on_front = set(front(points).index)
-    traces = [_front(points), _pick(points)]
-    traces += [_policy(drawn[drawn["label"] == look.label], look, on_front) for look in present]
-    figure = go.Figure(traces)
+    fixed = [_front(points), _pick(*pick), *_target(points, goal)]
+    traces = [
+        _policy(drawn[drawn["label"] == look.label], look, on_front, goal) for look in present
+    ]
+    figure = go.Figure([*fixed, *traces])
     figure.update_layout(
         layout(
-            440 + 21 * (len(present) + _FIXED),
+            440 + 21 * (len(present) + len(fixed)),
             xaxis=axis(_MEMORY, rangemode="tozero"),
-            yaxis=log_ms_axis(_TPOT, drawn["tpot_ms.mean"].tolist()),
-            updatemenus=[menu(_filters(present))],
+            yaxis=_tpot_axis(drawn["tpot_ms.mean"].tolist(), goal),
+            updatemenus=[menu(_filters(present, len(fixed)))],
             margin={"l": 10, "r": 14, "t": 60, "b": 10},
         )
     )
-    _mark_limit(figure, points)
+    _mark_limit(figure, points, goal)
     return figure
 
 
-def fronts_figure(fronts: Sequence[tuple[str, pd.DataFrame]]) -> go.Figure:
+def fronts_figure(fronts: Sequence[tuple[str, pd.DataFrame]], goal: Goal = GOAL) -> go.Figure:
     """The Pareto front of every system in one figure; their names are the legend."""
-    figure = go.Figure()
+    figure = go.Figure(_target(pd.concat([line for _, line in fronts]), goal))
     for number, (name, line) in enumerate(fronts):
         colour = LOOKS[number % len(LOOKS)][0]
         figure.add_scatter(
@@ -61,7 +66,7 @@ def fronts_figure(fronts: Sequence[tuple[str, pd.DataFrame]]) -> go.Figure:
             mode="lines+markers",
             line={"color": colour, "dash": _DASHES[number // len(LOOKS) % len(_DASHES)]},
             marker={"size": 9, "symbol": SYMBOLS[number % len(SYMBOLS)], "color": colour},
-            customdata=[_told(row) for row in line.to_dict("records")],
+            customdata=[_told(row, goal) for row in line.to_dict("records")],
             hovertemplate=f"{plain(name)}<br>{_HOVER}",
         )
     values = [value for _, line in fronts for value in line["tpot_ms.mean"]]
@@ -69,7 +74,7 @@ def fronts_figure(fronts: Sequence[tuple[str, pd.DataFrame]]) -> go.Figure:
         layout(
             400 + 21 * len(fronts),
             xaxis=axis(_MEMORY, rangemode="tozero"),
-            yaxis=log_ms_axis(_TPOT, values),
+            yaxis=_tpot_axis(values, goal),
             showlegend=True,
         )
     )
@@ -88,20 +93,39 @@ def _front(points: pd.DataFrame) -> go.Scatter:
     )
 
 
-def _pick(points: pd.DataFrame) -> go.Scatter:
-    pick = pick_of(points)
-    rows = points.iloc[:0] if pick is None else points.loc[[pick.name]]
+def _pick(name: str, pick: Row | None) -> go.Scatter:
+    rows = [] if pick is None else [pick]
     return go.Scatter(
-        x=_gib(rows),
-        y=rows["tpot_ms.mean"].tolist(),
-        name="recommended",
+        x=[row["memory.peak_bytes"] / _GIB for row in rows],
+        y=[row["tpot_ms.mean"] for row in rows],
+        name=name,
         mode="markers",
         marker={"symbol": "circle-open", "size": 19, "color": INK, "line": {"width": 2}},
         hoverinfo="skip",
     )
 
 
-def _policy(rows: pd.DataFrame, look: Look, on_front: set[Any]) -> go.Scatter:
+def _target(points: pd.DataFrame, goal: Goal) -> list[go.Scatter]:
+    if goal.tpot_ms is None:
+        return []
+    return [
+        go.Scatter(
+            x=[0, max(_gib(points))],
+            y=[goal.tpot_ms] * 2,
+            name=f"target: at most {goal.tpot_ms:g} ms",
+            mode="lines",
+            line={"color": INK, "width": 1.5, "dash": "dash"},
+            hoverinfo="skip",
+        )
+    ]
+
+
+def _tpot_axis(values: Sequence[float], goal: Goal) -> dict[str, Any]:
+    target = [] if goal.tpot_ms is None else [goal.tpot_ms]
+    return log_ms_axis(f"TPOT (ms a token, {goal.of})", [*values, *target])
+
+
+def _policy(rows: pd.DataFrame, look: Look, on_front: set[Any], goal: Goal) -> go.Scatter:
     rows = rows.sort_values("memory.peak_bytes", kind="stable")
     return go.Scatter(
         x=_gib(rows),
@@ -116,15 +140,14 @@ def _policy(rows: pd.DataFrame, look: Look, on_front: set[Any]) -> go.Scatter:
             "size": [11 if name in on_front else 8 for name in rows.index],
             "line": {"width": 1.6 if look.symbol.endswith("-open") else 0.6, "color": look.colour},
         },
-        customdata=[_told(row) for row in rows.to_dict("records")],
+        customdata=[_told(row, goal) for row in rows.to_dict("records")],
         hovertemplate=_HOVER,
     )
 
 
-def _told(row: Row) -> list[str]:
-    misfit = (
-        "" if row["memory.fits"] else f" (the GPU has {as_gib(row['memory.gpu_memory_bytes'])})"
-    )
+def _told(row: Row, goal: Goal) -> list[str]:
+    limit, whose = _limit(row, goal)
+    misfit = "" if row["memory.fits"] else f" ({whose}: {as_gib(limit)})"
     rate = row["decode.hit_rate"]
     return [
         plain(row["label"] if row["kind"] == "causal" else f"{row['label']} ({row['kind']})"),
@@ -140,8 +163,15 @@ def _gib(rows: pd.DataFrame) -> list[float]:
     return [value / _GIB for value in rows["memory.peak_bytes"]]
 
 
-def _filters(looks: Sequence[Look]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """All, by kind where there are several, and each policy alone beside front and pick."""
+def _limit(row: Row, goal: Goal) -> tuple[float, str]:
+    """Bytes that the whole model may take, and what sets them."""
+    if goal.limit_bytes is None:
+        return float(row["memory.gpu_memory_bytes"]), "GPU"
+    return float(goal.limit_bytes), "limit"
+
+
+def _filters(looks: Sequence[Look], fixed: int) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """All, by kind where there are several, and each policy alone beside the ``fixed`` first."""
     wanted = [("all policies", {look.label for look in looks})]
     choices = {look.label for look in looks if look.kind == "causal"}
     bounds = {look.label for look in looks if look.kind == "bound"}
@@ -151,14 +181,15 @@ def _filters(looks: Sequence[Look]) -> list[tuple[str, dict[str, Any], dict[str,
             wanted.append(("choices and bounds", choices | bounds))
     wanted += [(wrapped(f"only {look.name}", _MENU_COLUMNS), {look.label}) for look in looks]
     return [
-        (name, {"visible": [True] * _FIXED + [look.label in shown for look in looks]}, {})
+        (name, {"visible": [True] * fixed + [look.label in shown for look in looks]}, {})
         for name, shown in wanted
     ]
 
 
-def _mark_limit(figure: go.Figure, points: pd.DataFrame) -> None:
-    """The GPU's memory, where it is not far beyond the points."""
-    limit = float(points["memory.gpu_memory_bytes"].iloc[0] / _GIB)
+def _mark_limit(figure: go.Figure, points: pd.DataFrame, goal: Goal) -> None:
+    """The memory there is, where it is not far beyond the points."""
+    nbytes, whose = _limit(points.iloc[0], goal)
+    limit = nbytes / _GIB
     if limit > 1.25 * float(points["memory.peak_bytes"].max()) / _GIB:
         return
     figure.add_vline(x=limit, line_width=1.5, line_color=INK)
@@ -166,7 +197,7 @@ def _mark_limit(figure: go.Figure, points: pd.DataFrame) -> None:
         x=limit,
         y=0.99,
         yref="paper",
-        text=f"GPU: {limit:.1f} GiB",
+        text=f"{whose}: {limit:.1f} GiB",
         textangle=-90,
         showarrow=False,
         xanchor="left",

@@ -1,4 +1,4 @@
-"""What makes the same results again: the sweep as a file, commands, versions and digests."""
+"""What makes the same results again: commands, versions and digests."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
-from sim.ranking import pick_of
 from sim.report.results import Results
-from sim.sweeps import CONFIG_FILE, PARQUET_FILE, SweepConfig
+from sim.sweeps import CONFIG_FILE, PARQUET_FILE
 
 _OPTIONS = {
     "hardware": "--hardware",
@@ -25,46 +23,37 @@ _OPTIONS = {
     "link": "--link",
     "timings": "--timings",
     "max_tokens": "--max-tokens",
+    "context": "--context",
     "fit_share": "--fit-share",
 }
 _DEFAULTS = {
     "window": ("--window", 2),
     "touch_order": ("--touch-order", "last-use"),
     "seed": ("--seed", 0),
+    "batch": ("--batch", 1),
 }
-
-
-def as_yaml(config: SweepConfig) -> str:
-    """The sweep as a file of `moesim sweep`; what is not given has its default."""
-    given = config.model_dump(mode="json", exclude_defaults=True)
-    given["policies"] = [
-        choice if choice.get("set") else choice["name"] for choice in given["policies"]
-    ]
-    first = ["trace", "geometry", "dtype", "hardware", "links", "budgets", "expert_budgets"]
-    ordered = {name: given[name] for name in [*first, *given] if name in given}
-    text: str = yaml.safe_dump(
-        ordered, sort_keys=False, allow_unicode=True, width=88, default_flow_style=None
-    )
-    return text
 
 
 def commands_of(results: Results, validations: Sequence[Path] = ()) -> list[tuple[str, str]]:
     """What each command line does, and the line."""
     measured = [word for folder in validations for word in ("--validation", str(folder))]
+    asker = results.asker
     lines = [
-        ("all points of this page", "moesim sweep sweep.yaml --out results"),
+        ("all points of this page", asker.command),
         ("this page", shlex.join(["moesim", "report", "results", *measured])),
     ]
     for name in results.systems:
-        pick = pick_of(results.of_system(name))
+        pick = asker.pick(results.of_system(name))
         if pick is not None and "point.hardware" in results.points:
-            lines.append((f"the recommended point on {name}", simulate_command(results, pick)))
+            lines.append(
+                (f"the {asker.pick_name} point on {name}", simulate_command(results, pick))
+            )
     return lines
 
 
 def simulate_command(results: Results, point: Any) -> str:
     """`moesim simulate` of one point."""
-    words = ["moesim", "simulate", "--trace", results.config.trace]
+    words = ["moesim", "simulate", "--trace", results.asker.trace]
     for name, option in _OPTIONS.items():
         value = _given(point, name)
         if value is not None:
@@ -110,7 +99,7 @@ def _values(frame: pd.DataFrame, column: str) -> list[str]:
 
 
 def identity_text(results: Results) -> str:
-    """The sweep's own record with the contents of the profiles that it read."""
+    """The results' own record with the contents of the profiles that it read."""
     return json.dumps(results.identity, indent=1, sort_keys=True)
 
 

@@ -1,4 +1,4 @@
-"""What a report is made of: a results directory of `moesim sweep`, read once."""
+"""What a report is made of: a directory of `moesim sweep` or `moesim advise`, read once."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from configs.errors import UserError
 from configs.load import parse_json, validated
 from sim.plots import PARTS
 from sim.ranking import rank_points
+from sim.report.advised import read_advised
+from sim.report.askers import Asker, Swept
 from sim.selection import prepare, systems
 from sim.sweeps import CONFIG_FILE, PARQUET_FILE, SweepConfig, read_results
 
@@ -23,6 +25,7 @@ _UNSHOWN = (
     *("prefetch.", "quality.prefill.", "tpot_ms.p", "ttft_ms.p", "memory.s", "memory.w"),
 )
 _DIGEST = "trace digest"
+_AGAIN = "run the same command again into {} directory"
 #: what the page shows beside the columns that :func:`sim.selection.prepare` asks for
 _SHOWN = (
     *("decode.asked", "decode.late", "decode.hit_rate", "h2d_bytes_per_token"),
@@ -32,14 +35,15 @@ _SHOWN = (
 
 @dataclass(frozen=True)
 class Results:
-    """A finished sweep.
+    """A finished sweep, or a question that was answered.
 
-    ``frame`` has a row a point as it was written, ``points`` those that can be compared (see
-    :func:`sim.selection.prepare`). ``identity`` is what the sweep says of itself: its configuration
-    and the contents of the files that it named.
+    ``asker``: what asked for the points. ``frame`` has a row a point as it was written, ``points``
+    those that can be compared (see :func:`sim.selection.prepare`), judged as was asked; their
+    ``step_ms`` is the mean TPOT, whatever they are judged by. ``identity`` is what the directory
+    says of itself: configuration or question, and the contents of the files that it named.
     """
 
-    config: SweepConfig
+    asker: Asker
     identity: dict[str, Any]
     frame: pd.DataFrame
     points: pd.DataFrame
@@ -83,53 +87,61 @@ def read(directory: Path) -> Results:
     belongs to another sweep.
     """
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory: name one that `moesim sweep` wrote")
-    identity = _identity(directory / CONFIG_FILE, directory)
-    frame = _needed(read_results(directory))
-    _require_sound(frame, directory / PARQUET_FILE)
-    points = prepare(frame).copy()  # in one block a type: it is cut up often
-    missing = [name for name in _SHOWN if name not in points]
-    if missing:
         raise UserError(
-            f"{directory / PARQUET_FILE}: column {missing[0]} is missing: run the sweep again into "
-            "a new directory"
+            f"{directory}: no such directory: name one that `moesim sweep` or `moesim advise` wrote"
         )
+    identity = _identity(directory / CONFIG_FILE, directory)
+    asker = _asker(directory, identity)
+    path = directory / PARQUET_FILE
+    frame = read_results(directory)
+    _require_sound(frame, path)
+    points = _points(asker, frame, path)
     digests = set(frame["trace.digest"].dropna()) if "trace.digest" in frame else set()
     if digests - {identity[_DIGEST]}:
         raise UserError(
-            f"{directory / PARQUET_FILE} is of another trace than {CONFIG_FILE} says: run the "
-            "sweep again into an empty directory"
+            f"{path} is of another trace than {CONFIG_FILE} says: {_AGAIN.format('an empty')}"
         )
-    names = SweepConfig.model_fields
-    config = validated(
-        SweepConfig,
-        {name: value for name, value in identity.items() if name in names},
-        str(directory / CONFIG_FILE),
-    )
-    if len(frame) != len(config.points()):
-        raise UserError(
-            f"{directory / PARQUET_FILE} has {len(frame)} rows, {CONFIG_FILE} asks for "
-            f"{len(config.points())} points: run `moesim sweep` to the end"
-        )
+    asker.require_points(frame, path)
     return Results(
-        config=config,
+        asker=asker,
         identity=identity,
-        frame=frame,
+        frame=_needed(frame),
         points=points,
-        table_sha256=hashlib.sha256((directory / PARQUET_FILE).read_bytes()).hexdigest(),
+        table_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
     )
+
+
+def _asker(directory: Path, identity: dict[str, Any]) -> Asker:
+    if "question" in identity:
+        return read_advised(directory, identity)
+    names = SweepConfig.model_fields
+    config = {name: value for name, value in identity.items() if name in names}
+    return Swept(validated(SweepConfig, config, str(directory / CONFIG_FILE)))
+
+
+def _points(asker: Asker, frame: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Prepared and judged; UserError where a column is missing that the page shows."""
+    absent = [name for name in asker.judged_columns if name not in frame]
+    if absent:
+        raise UserError(f"{path}: column {absent[0]} is missing: {_AGAIN.format('a new')}")
+    stepped = frame.assign(step_ms=frame["tpot_ms.mean"]) if "tpot_ms.mean" in frame else frame
+    points = prepare(_needed(asker.judged(stepped)))
+    missing = [name for name in _SHOWN if name not in points]
+    if missing:
+        raise UserError(f"{path}: column {missing[0]} is missing: {_AGAIN.format('a new')}")
+    return asker.named(points).copy()  # in one block a type: it is cut up often
 
 
 def _require_sound(frame: pd.DataFrame, path: Path) -> None:
-    """UserError naming row, column and value of a table that no sweep writes."""
+    """UserError naming row, column and value of a table that moesim does not write."""
     for name, sound in _SOUND.items():
         if name not in frame or "status" not in frame:
             continue  # told where it is needed
         for row, value in frame.loc[frame["status"] == "ok", name].items():
             if not sound(value):
                 raise UserError(
-                    f"{path}, row {row}, column {name}: {value!r} is no result of a sweep; run the "
-                    "sweep again into a new directory"
+                    f"{path}, row {row}, column {name}: {value!r} is no result of a point; "
+                    f"{_AGAIN.format('a new')}"
                 )
     odd = set(frame.get("status", ())) - {"ok", "failed"}
     if odd:
@@ -175,12 +187,12 @@ def _identity(path: Path, directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(
             f"{path} is not there: name a directory that `moesim sweep CONFIG --out {directory}` "
-            "wrote"
+            "or `moesim advise` wrote"
         )
     try:
         identity = parse_json(path.read_bytes())
     except ValueError:
         identity = None
     if not isinstance(identity, dict) or not isinstance(identity.get(_DIGEST), str):
-        raise UserError(f"{path} is cut off or edited: run the sweep again into a new directory")
+        raise UserError(f"{path} is cut off or edited: {_AGAIN.format('a new')}")
     return identity
