@@ -123,11 +123,17 @@ def _azure(text: str, path: Path) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _until_damaged(reader: Any, path: Path) -> Iterator[list[str]]:
+    """Rows of a line each: no field of these files has a line's end in it."""
+    last = reader.line_num
     try:
-        yield from reader
+        for fields in reader:
+            if reader.line_num > last + 1:
+                raise csv.Error("a field goes on over lines")
+            last = reader.line_num
+            yield fields
     except csv.Error as error:
         raise UserError(
-            f"{path}, row {reader.line_num}: no CSV ({error}); is a quote left open?"
+            f"{path}, row {last + 1}: no CSV ({error}); is a quote left open?"
         ) from None
 
 
