@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import cli
+from tests.commands import Ran
 from tests.traces import ALL_COLUMNS, make_trace
 from tracer.importers import import_bigmoe_csv, import_npz
 from tracer.trace import Trace
@@ -20,6 +24,22 @@ def shared() -> Path:
     if os.environ.get("CI"):
         pytest.fail(f"{path} is absent; set MOESIM_SHARED to its place")
     pytest.skip(f"{path} is absent; set MOESIM_SHARED to its place")
+
+
+@pytest.fixture
+def moesim(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Ran]:
+    """Runs a command: its words, each as text."""
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["moesim", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return Ran(int(stop.value.code or 0), captured.out, captured.err)
+
+    return run
 
 
 @pytest.fixture

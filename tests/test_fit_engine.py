@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import cli
 from configs.errors import UserError
 from sim.fit_engine import CURVE, LINE, Demand, Fit, Speed, fit_engine
 from sim.fit_input import Case, make_curve, parse_accesses, parse_share
 from sim.profile import chi_square_95, student_95
 from tests.bench import fit_engine_page
 from tests.bench.fit_engine_page import BIG_MOE, IMP, blind
+from tests.commands import Ran
 from tests.traces import make_trace
 
 DEMAND = Demand(48 * 8, 48)
@@ -253,21 +254,10 @@ def test_two_published_speeds_by_hand() -> None:
 # ---------------------------------------------------------------------- input
 
 
-class Ran:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
 @pytest.fixture
-def moesim(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
-    def run(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["moesim", "fit-engine", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return Ran(int(stop.value.code or 0), captured.out, captured.err)
-
-    return run
+def moesim(moesim: Callable[..., Ran]) -> Callable[..., Ran]:
+    """With the command that all tests of this file run."""
+    return functools.partial(moesim, "fit-engine")
 
 
 POINTS = ("--point", "slots=24,hit=36.6%,tps=10.5", "--point", "hit=0.962,tps=51.9")

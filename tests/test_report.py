@@ -19,7 +19,6 @@ import pandas as pd
 import pytest
 import yaml
 
-import cli
 from configs.errors import UserError
 from sim.advice import recommend
 from sim.ranking import pick_of
@@ -86,18 +85,6 @@ def page(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
     path, notes = write_report(str(results), str(out), validations=[str(VALIDATION)])
     assert (path, notes) == (out, [])
     return Page(out)
-
-
-@pytest.fixture
-def moesim(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moesim", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 # ---------------------------------------------------------------------- the page

@@ -4,34 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import cli
 from sim.serving.machine import ServingMachine
-from tests.test_cli import Ran
 from tests.traces import make_trace
 
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 GOOD = "2023-11-16 18:17:03.9799600,4,5\n"
-
-
-@pytest.fixture
-def moesim(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Ran]:
-    def run(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["moesim", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return Ran(int(stop.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter, defaultdict
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cli
 from policies.core import DecisionCore
 from sim.inputs import Inputs
 from sim.link import NEVER
@@ -370,18 +368,6 @@ def test_a_stretch_of_all_steps_is_the_simulated_run(trace_dir: Path, policy: st
 
 
 # ---------------------------------------------------------------------- the command
-
-
-@pytest.fixture
-def moesim(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moesim", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 def words(trace_dir: Path, out: Path, steps: str = "5:7", **more: object) -> list[object]:

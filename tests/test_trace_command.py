@@ -15,7 +15,6 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs torch: pip install 'moesim[gpu]'")
 transformers = pytest.importorskip("transformers", reason="needs pip install 'moesim[gpu]'")
 
-import cli  # noqa: E402
 from tests.tiny_models import build, save  # noqa: E402
 from tracer.trace import DECODE, Trace  # noqa: E402
 
@@ -42,20 +41,6 @@ def prompts(tmp_path):
     entries = [{"domain": "code", "text": "t5 t9 t2"}, {"text": "t7 t8 t1 t30"}, {"text": "t3"}]
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return path
-
-
-@pytest.fixture
-def moesim(monkeypatch, capsys):
-    """Run the command; return its exit status, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["moesim", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 def refusal(moesim, *arguments):
