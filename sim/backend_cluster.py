@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from joblib.parallel import ParallelBackendBase
@@ -25,6 +26,23 @@ def cannot_run(worker: str, error: BaseException) -> UserError:
         f"{worker} cannot run moesim ({reason}): install the same version on all machines and "
         "start the workers again"
     )
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Workers of a running cluster, or without its address ``jobs`` of our own."""
+
+    jobs: int | None
+    scheduler: str | None
+
+    def in_this_process(self, tasks: int) -> bool:
+        """Never: who names a backend wants its workers."""
+        return False
+
+    def options(self, backend: ParallelBackendBase) -> dict[str, Any]:
+        """Joblib's: a task at a time, and no more under way in a running cluster than ``jobs``."""
+        at_once = "all" if self.scheduler is None or self.jobs is None else self.jobs
+        return {"backend": backend, "batch_size": 1, "pre_dispatch": at_once}
 
 
 class ClusterBackend(ParallelBackendBase):

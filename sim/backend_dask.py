@@ -23,7 +23,7 @@ from distributed import Client, KilledWorker, LocalCluster, Security, WorkerPlug
 from distributed.comm import connect
 
 from configs.errors import UserError
-from sim.backend_cluster import ClusterBackend, cannot_run
+from sim.backend_cluster import Cluster, ClusterBackend, cannot_run
 from sim.backends import CONNECT_S, Mapped, Source, Workers, WorkersLost
 from sim.inputs import TraceSource
 from sim.same_code import fingerprint, refuse_other
@@ -37,16 +37,8 @@ _log = logging.getLogger("distributed.moesim")  # shown as Dask's own messages a
 _received: dict[str, ArrayTrace] = {}
 
 
-@dataclass(frozen=True)
-class Dask:
-    """Workers of a running cluster, or without its address ``jobs`` of our own."""
-
-    jobs: int | None
-    scheduler: str | None
-
-    def in_this_process(self, tasks: int) -> bool:
-        """Never: who names a backend wants its workers."""
-        return False
+class Dask(Cluster):
+    """Dask's."""
 
     @contextmanager
     def workers(self, arrays: ArrayTrace) -> Iterator[Workers]:
@@ -62,9 +54,7 @@ class Dask:
                 source = stack.enter_context(_sent(client, arrays))
             backend = _backend(client)
             stack.enter_context(_watched(client, backend))
-            at_once = "all" if self.scheduler is None or self.jobs is None else self.jobs
-            options = {"backend": backend, "batch_size": 1, "pre_dispatch": at_once}
-            yield Workers(source, options)
+            yield Workers(source, self.options(backend))
 
 
 @contextmanager

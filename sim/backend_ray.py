@@ -22,22 +22,14 @@ import ray
 from ray import exceptions
 
 from configs.errors import UserError
-from sim.backend_cluster import ClusterBackend
+from sim.backend_cluster import Cluster, ClusterBackend
 from sim.backends import CONNECT_S, RESTARTS, Workers, WorkersLost
 from sim.inputs import TraceSource
 from tracer.arrays import ArrayTrace
 
 
-@dataclass(frozen=True)
-class Ray:
-    """Workers of a running cluster, or without its address ``jobs`` of our own."""
-
-    jobs: int | None
-    scheduler: str | None
-
-    def in_this_process(self, tasks: int) -> bool:
-        """Never: who names a backend wants its workers."""
-        return False
+class Ray(Cluster):
+    """Ray's."""
 
     @contextmanager
     def workers(self, arrays: ArrayTrace) -> Iterator[Workers]:
@@ -46,9 +38,7 @@ class Ray:
             run = ray.remote(_run).options(max_retries=RESTARTS)
             cores = int(ray.cluster_resources().get("CPU", 0))
             backend = ClusterBackend(lambda task: _Answer(run.remote(task)), _result_of, cores)
-            at_once = "all" if self.scheduler is None or self.jobs is None else self.jobs
-            options = {"backend": backend, "batch_size": 1, "pre_dispatch": at_once}
-            yield Workers(Stored(ray.put(arrays)), options)
+            yield Workers(Stored(ray.put(arrays)), self.options(backend))
 
 
 @dataclass(frozen=True)
