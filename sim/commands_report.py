@@ -37,9 +37,6 @@ def report_command(
 
     Example: moesim report out/demo --validation validation/h200/locked-olmoe
     """
-    from sim.report.extra import require_report_extra
-
-    require_report_extra()
     from sim.report import write_report
 
     path, notes = write_report(directory, out, validations=validation or (), trace=trace)
