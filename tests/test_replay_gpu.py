@@ -361,7 +361,7 @@ def test_a_batchs_tokens_are_those_of_the_resident_model(
 
 
 @pytest.mark.parametrize("policy", ["fiddler", "hybrid-split", "auto"])
-def test_a_batchs_tokens_are_the_same_whoever_computes(
+def test_a_batch_is_near_the_resident_model_whoever_computes(
     batch_session: Any, batches: Any, batch_resident: Any, policy: str
 ) -> None:
     """Lines that have ended are idle: the CPU's results go to those that run."""
@@ -371,8 +371,7 @@ def test_a_batchs_tokens_are_the_same_whoever_computes(
 
     first = Inputs(batches.trace, fit_requests=(4,))
     found = run(batch_session, first, policy, "25%")
-    tokens = found.measured.tokens
-    assert tokens == batch_resident.measured.tokens[: len(tokens)]
+    require_near(batch_session, first, found.setting.point, batch_resident.setting.point)
     assert found.result["decode"]["cpu"] + found.result["prefill"]["cpu"] > 0
     if policy == "auto":
         return

@@ -153,7 +153,7 @@ class ModelRig:
 
     @cached_property
     def link(self) -> LinkTimes:
-        """Copies of one expert, alone and back to back; the rate from half an expert's."""
+        """Copies of one expert, alone and back to back."""
         return measure_link(self.session)
 
     # ------------------------------------------------------------------ decode
@@ -497,19 +497,26 @@ def _slope(values: dict[int, int]) -> int:
 
 
 def measure_link(session: Session) -> LinkTimes:
-    """Copies of one expert, alone and back to back; the rate is that of its second half."""
+    """Copies of one expert, alone and back to back; the rate is that of a copy's second half.
+
+    Of experts below ``_LEAST_BLOCK`` the rate is that of several in one copy: what a half of a
+    small one takes on the wire is lost in how long the host takes to hand it over.
+    """
     nbytes = session.ready.layout.nbytes
     stream = torch.cuda.Stream()
     copies = CopyStream(stream.cuda_stream, _TRAIN)
     memory = session.ready.store.memory.view(-1, nbytes)
+    together = min(-(-_LEAST_BLOCK // nbytes), len(memory))
+    block = together * nbytes
     # Slots of their own, as in a run.
-    slots = torch.empty((_TRAIN, nbytes), dtype=torch.uint8, device=session.device)
+    slots = torch.empty((_TRAIN, block), dtype=torch.uint8, device=session.device)
     rng = np.random.default_rng(0)
 
     def train(size: int, count: int) -> int:
         """Ns from the end of the first hand-over to the last landing."""
         events, began = [], 0
-        for slot, key in enumerate(rng.integers(0, len(memory), count).tolist()):
+        first = rng.integers(0, len(memory) - together + 1, count)
+        for slot, key in enumerate(first.tolist()):
             events.append(copies.copy(slots[slot].data_ptr(), memory[key].data_ptr(), size))
             began = began or perf_counter_ns()
         for event in events:
@@ -520,15 +527,16 @@ def measure_link(session: Session) -> LinkTimes:
     def back_to_back(size: int) -> float:
         return (train(size, _TRAIN) - train(size, 1)) / (_TRAIN - 1)
 
-    train(nbytes, _TRAIN)
-    rounds = [(back_to_back(nbytes), back_to_back(nbytes // 2)) for _ in range(9)]
-    whole, half = np.median(rounds, axis=0).tolist()
+    train(block, _TRAIN)
+    sizes = nbytes, block, block // 2
+    rounds = [[back_to_back(size) for size in sizes] for _ in range(9)]
+    one, whole, half = np.median(rounds, axis=0).tolist()
     alone = float(np.median([train(nbytes, 1) for _ in range(_REPEATS)]))
     copies.close()
-    rate = (nbytes - nbytes // 2) * 1e9 / (whole - half)
+    rate = (block - block // 2) * 1e9 / (whole - half)
     wire = nbytes * 1e9 / rate
     return LinkTimes(
         bytes_per_s=round(rate),
         startup_ns=max(round(alone - wire), 0),
-        gap_ns=max(round(whole - wire), 0),
+        gap_ns=max(round(one - wire), 0),
     )
