@@ -76,12 +76,12 @@ def _within(step: Ints, chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     return belongs
 
 
-def components(marks: Marks, decode: npt.NDArray[np.bool_]) -> dict[str, float | None]:
-    """Mean time of a decode step by what the host did, ms. ``decode``: bool [steps]."""
-    number = int(decode.sum())
+def components(marks: Marks, chosen: npt.NDArray[np.bool_]) -> dict[str, float | None]:
+    """Mean time of a step by what the host did, ms. ``chosen``: which steps, bool [steps]."""
+    number = int(chosen.sum())
     if not number:
         return dict.fromkeys(COMPONENTS)
-    counted = marks.within(decode)
+    counted = marks.within(chosen)
     return {
         name: float(marks.duration[counted & (marks.kind == kind)].sum()) / number / 1e6
         for kind, name in enumerate(COMPONENTS)
@@ -103,13 +103,15 @@ def particulars(timeline: Timeline, workload: Workload) -> dict[str, Any]:
     """What a prediction and a measurement are compared by beside the metrics of all runs.
 
     ``step_ms``: of every decode step. ``prefill_ms``: mean time of a prefill by its tokens.
-    ``host_ms``: of a decode step, by what the host did. ``link_ms``: of a decode step, time in
-    which the link carried something, None where nobody decodes.
+    ``host_ms``: of a decode step, by what the host did; ``prefill_host_ms``: likewise of a prefill.
+    ``link_ms``: of a decode step, time in which the link carried something, None where nobody
+    decodes.
     """
     steps = list(workload.steps())
     decode = np.array([step.prefill_tokens == 0 for step in steps])
     begin, end = np.array(timeline.step_begins), np.array(timeline.step_ends)
     taken = (end - begin) / 1e6
+    marks = Marks.read(timeline.marks, timeline.step_begins)
     prefills: dict[int, list[float]] = {}
     for step, ms in zip(steps, taken.tolist(), strict=True):
         if step.prefill_tokens:
@@ -117,7 +119,8 @@ def particulars(timeline: Timeline, workload: Workload) -> dict[str, Any]:
     return {
         "step_ms": taken[decode].round(6).tolist(),
         "prefill_ms": {str(size): float(np.mean(prefills[size])) for size in sorted(prefills)},
-        "host_ms": components(Marks.read(timeline.marks, timeline.step_begins), decode),
+        "host_ms": components(marks, decode),
+        "prefill_host_ms": components(marks, ~decode),
         "link_ms": _link_ms(timeline, decode),
     }
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
@@ -24,6 +26,8 @@ from sim.advising.confidence import VALIDATION, confidence_in, find_campaigns
 from sim.advising.elsewhere import cpu_layers, slots_in
 from sim.advising.search import Found, System
 from sim.compare import BOUND
+from sim.inputs import Inputs
+from sim.point import Setting
 from sim.sweeps import PolicyChoice, SweepConfig
 from tests.traces import make_trace
 from tracer.subset import Choice, subset
@@ -560,39 +564,70 @@ def found_of(**changes: Any) -> Found:
     return replace(base, **changes)
 
 
-def test_errors_are_those_of_the_validation(few: Trace) -> None:
-    campaigns = find_campaigns("h200-pcie5")
-    (campaign,) = [each for each in campaigns if each.plan["geometry"] == "gpt-oss-20b"]
-    summary = campaign.report["summary"]
+def errors_of(names: Sequence[str], kind: str, figure: str = "tpot_ms") -> list[float]:
+    """Of the campaigns' points of a kind: demand, prefetching or cpu."""
+    found = []
+    for name in names:
+        for row in json.loads((VALIDATION / "h200" / name / "report.json").read_text())["points"]:
+            free, on_cpu = row["time_independent"], row["on_cpu"]
+            its = "cpu" if on_cpu else "demand" if free else "prefetching"
+            if its == kind and figure in row["figures"]:
+                found.append(abs(row["figures"][figure]["error"]))
+    assert found
+    return found
+
+
+GPT_OSS = ("locked-gpt-oss", "second-gpt-oss")
+QWEN = ("locked-qwen", "second-qwen")
+OLMOE = ("locked-olmoe", "second-olmoe", "lane-olmoe", "long-olmoe")
+
+
+@pytest.fixture(scope="module")
+def calibrated(few: Trace) -> Setting:
+    """gpt-oss-20b, one request at a time, with the times that were measured."""
     from sim.advising.question import Question
     from sim.advising.question import ask as make_out
 
+    campaigns = find_campaigns("h200-pcie5")
+    (timings,) = [each.timings for each in campaigns if each.name.endswith(GPT_OSS[0])]
     question = Question(
         trace="t",
         hardware="h200-pcie5",
         dtype="bf16",
-        timings=str(campaign.timings),
+        timings=str(timings),
         tpot_ms=30,
         policies=["lru"],
     )
     setting = make_out(question, few).setting
     assert setting.timing.provenance == "calibrated"
-    known = confidence_in(found_of(), setting, "mean", campaigns)
-    assert known.level == "validated"
-    assert known.points == summary["demand-only"]["points"]
-    assert known.median_error == pytest.approx(summary["demand-only"]["tpot_ms"]["median"])
-    worst = summary["demand-only"]["tpot_ms"]["worst"]
-    assert known.worst_error == pytest.approx(worst)
-    assert known.low_ms == pytest.approx(50 / (1 + worst))
-    assert known.high_ms == pytest.approx(50 / (1 - worst))
-    together = [
-        json.loads((VALIDATION / "h200" / name / "summary.json").read_text())["all"]["prefetching"]
-        for name in ("locked", "second")
-    ]
+    return setting
+
+
+def of_model(setting: Setting, name: str) -> Setting:
+    return replace(setting, geometry=setting.geometry.model_copy(update={"name": name}))
+
+
+def test_errors_are_those_of_the_validation(calibrated: Setting) -> None:
+    campaigns = find_campaigns("h200-pcie5")
+    known = confidence_in(found_of(), calibrated, "mean", campaigns)
+    expected = errors_of(GPT_OSS, "demand")
+    assert (known.level, known.points) == ("validated", len(expected))
+    assert known.median_error == pytest.approx(np.median(expected))
+    assert known.worst_error == pytest.approx(max(expected))
+    assert known.low_ms == pytest.approx(50 / (1 + max(expected)))
+    assert known.high_ms == pytest.approx(50 / (1 - max(expected)))
+    # One campaign: its own summary says the same.
+    first = [each for each in campaigns if each.name.endswith(GPT_OSS[0])]
+    summary = first[0].report["summary"]["demand-only"]
+    alone = confidence_in(found_of(), calibrated, "mean", first)
+    assert alone.points == summary["points"]
+    assert alone.median_error == pytest.approx(summary["tpot_ms"]["median"])
+    assert alone.source == "validation/h200/locked-gpt-oss"
+
     other = found_of(policy="promoe", prefetches=True, expert_share=0.9)
-    also = confidence_in(other, setting, "mean", campaigns)  # of all models
-    assert also.points == sum(each["points"] for each in together)
-    assert also.worst_error == pytest.approx(max(each["tpot_ms"]["worst"] for each in together))
+    also = confidence_in(other, calibrated, "mean", campaigns)  # of all models
+    expected = errors_of(GPT_OSS + QWEN + OLMOE, "prefetching")
+    assert (also.points, also.worst_error) == (len(expected), pytest.approx(max(expected)))
     assert also.source == "validation/h200"
     for part in (
         "promoe was not measured on this model",
@@ -600,22 +635,56 @@ def test_errors_are_those_of_the_validation(few: Trace) -> None:
         "on gpt-oss-20b, olmoe-1b-7b and qwen1.5-moe-a2.7b,",
     ):
         assert part in also.why
-    # A model of two campaigns: the errors of both.
-    geometry = setting.geometry.model_copy(update={"name": "olmoe-1b-7b"})
-    both = confidence_in(other, replace(setting, geometry=geometry), "mean", campaigns)
-    own = [
-        each.report["summary"]["prefetching"]
-        for each in campaigns
-        if each.plan["geometry"] == "olmoe-1b-7b"
-    ]
-    assert len(own) == 2
-    assert both.points == sum(each["points"] for each in own)
-    assert both.worst_error == pytest.approx(max(each["tpot_ms"]["worst"] for each in own))
-    assert "errors are of the mean" in confidence_in(other, setting, "p99", campaigns).why
-    assert confidence_in(found_of(), setting, "mean", []).level == "calibrated"
-    on_cpu = confidence_in(found_of(policy="auto", on_cpu=True), setting, "mean", campaigns)
-    assert (on_cpu.level, on_cpu.high_ms) == ("calibrated", None)
-    assert "auto, whose misses the CPU computes in part" in on_cpu.why
+    # A model of several campaigns: the errors of all.
+    both = confidence_in(other, of_model(calibrated, "olmoe-1b-7b"), "mean", campaigns)
+    expected = errors_of(OLMOE, "prefetching")
+    assert (both.points, both.worst_error) == (len(expected), pytest.approx(max(expected)))
+    assert confidence_in(found_of(), calibrated, "mean", []).level == "calibrated"
+
+
+def test_errors_of_the_tail_are_its_own_where_it_was_measured(calibrated: Setting) -> None:
+    campaigns = find_campaigns("h200-pcie5")
+    assert "errors are of the mean" in confidence_in(found_of(), calibrated, "p99", campaigns).why
+    olmoe = of_model(calibrated, "olmoe-1b-7b")
+    tail = confidence_in(found_of(), olmoe, "p99", campaigns)
+    expected = errors_of(["long-olmoe"], "demand", "tpot_p99_ms")
+    assert (tail.points, tail.worst_error) == (2, pytest.approx(max(expected)))
+    assert tail.source == "validation/h200/long-olmoe"
+    assert "errors are of the mean" not in tail.why
+    assert "they had 50 to 75 % of the experts on the GPU" in tail.why
+    linked = replace(olmoe, point=olmoe.point.model_copy(update={"link": "32GB/s"}))
+    why = confidence_in(found_of(), linked, "p99", campaigns).why
+    assert "they were over the machine's own link" in why.split("; ")
+
+
+def test_a_cpus_help_was_measured_on_one_model(calibrated: Setting) -> None:
+    campaigns = find_campaigns("h200-pcie5")
+    auto = found_of(policy="auto", on_cpu=True)
+    unknown = confidence_in(auto, calibrated, "mean", campaigns)
+    assert (unknown.level, unknown.high_ms) == ("calibrated", None)
+    assert "policies whose misses the CPU computes in part were not validated" in unknown.why
+    known = confidence_in(auto, of_model(calibrated, "olmoe-1b-7b"), "mean", campaigns)
+    expected = errors_of(["lane-olmoe"], "cpu")
+    assert (known.points, known.worst_error) == (6, pytest.approx(max(expected)))
+    assert known.source == "validation/h200/lane-olmoe"
+    assert "auto was not measured on this model" in known.why
+
+
+def test_batches_were_measured_on_one_model(calibrated: Setting, tmp_path: Path) -> None:
+    campaigns = find_campaigns("h200-pcie5")
+    batches = make_trace(tmp_path / "four", requests=4, batch=4)
+    together = replace(calibrated, workload=Inputs(batches).workload("last-use"))
+    assert together.workload.max_batch == 4
+    unknown = confidence_in(found_of(), together, "mean", campaigns)
+    assert unknown.level == "calibrated"
+    assert "4 requests at a time were not validated" in unknown.why
+    known = confidence_in(found_of(), of_model(together, "olmoe-1b-7b"), "mean", campaigns)
+    expected = errors_of(["batch-olmoe"], "demand")
+    assert (known.points, known.worst_error) == (len(expected), pytest.approx(max(expected)))
+    assert "4 requests at a time" in known.why
+    # Nor do a batch's errors tell about one request.
+    alone = confidence_in(found_of(), of_model(calibrated, "olmoe-1b-7b"), "mean", campaigns)
+    assert alone.points == len(errors_of(OLMOE, "demand"))
 
 
 def test_without_measured_times_it_is_estimated(tiny: Path, few: Trace) -> None:

@@ -20,6 +20,7 @@ from typer.testing import CliRunner  # noqa: E402
 import cli  # noqa: E402
 from configs.errors import UserError  # noqa: E402
 from configs.timings import LinkTimes, PolicyTimes, render  # noqa: E402
+from policies.errors import PolicyError  # noqa: E402
 from replay.breakdown import COMPONENTS  # noqa: E402
 from replay.commands import validate  # noqa: E402
 from replay.model import from_checkpoint  # noqa: E402
@@ -119,6 +120,8 @@ def result(tpot: float, *, stall: float = 1.0, steps: tuple[float, ...] = (1.0, 
         "prefill_ms": {"8": tpot * 10},
         "host_ms": dict.fromkeys(COMPONENTS, tpot / len(COMPONENTS)),
         "link_ms": stall * 2,
+        "prefill_host_ms": dict.fromkeys(COMPONENTS, 100.0 / len(COMPONENTS)),
+        "batch": 1,
         "duration_ms": 1000.0,
         "trace": {"model": "made-up", "judged_requests": 2},
         "produced_by": "a test",
@@ -275,6 +278,10 @@ def test_the_report_tells_drift_differences_and_errors(tmp_path: Path) -> None:
     assert "| TPOT, demand-only, worst | 1 | 5% | 1.5% |" in text
     assert "| prefetching | 8 | 1 | 90.0 to 90.0 | 11.1% | 11.1% |" in text
     assert "| prefetching | decide | 1.125 | -0.125 | -1.4% | -1.4% |" in text
+    assert "| lru | 25% | x1 | 10.050 | 1.0% | 10.200 | +1.5% | 10.050 | 1.0% |" in text
+    assert "p99" not in text
+    assert report["batch"] == 1
+    assert [row["on_cpu"] for row in report["points"]] == [False, False]
     assert report["summary"]["prefetching"]["tpot_ms"]["worst"] == pytest.approx(1 / 9)
     assert json.loads((tmp_path / "report.json").read_text())["points"][0]["policy"] == "lru"
     assert {path.suffix for path in draw_scatter([report], tmp_path)} == {".png", ".svg"}
@@ -320,6 +327,32 @@ def test_tails_are_told_from_a_thousand_tokens_up(tmp_path: Path) -> None:
     each.predicted["tokens"]["decode"] = 1000
     (row,) = write_report(tmp_path, plan_of(tmp_path), [each])["points"]
     assert row["figures"]["tpot_p99_ms"]["measured"] == 10.0
+    told = (tmp_path / "report.md").read_text()
+    assert "| p99 measured, ms | spread | predicted | error |" in told
+    short = judged("lfu", 10.2, (10.0,))
+    short.run = each.run
+    write_report(tmp_path, plan_of(tmp_path), [each, short])
+    assert "| +2.0% | - | - | - | - |" in (tmp_path / "report.md").read_text()
+
+
+def test_a_prefills_error_is_told_by_what_the_host_did(tmp_path: Path) -> None:
+    each = judged("fiddler", 10.2, (10.0,))
+    each.run = replace(A_RUN, facts={**FACTS, "predictions_sha256": "0" * 64})
+    parts = {"decide": 12.0, "wait_for_copy": 28.0}
+    none = dict.fromkeys(COMPONENTS, 0.0)
+    each.predicted["prefill_host_ms"] = {**none, **parts}
+    each.measured[0]["prefill_host_ms"] = {**none, "decide": 20.0, "wait_for_copy": 20.0}
+    each.predicted["prefill"] = {"cpu": 3}
+    (row,) = write_report(tmp_path, plan_of(tmp_path), [each])["points"]
+    told = (tmp_path / "report.md").read_text().partition("## Where a prefill's error")[2]
+    assert "| demand-only | decide | 20.000 | -8.000 | -20.0% | -20.0% |" in told
+    assert "| demand-only | wait for copy | 20.000 | +8.000 | +20.0% | +20.0% |" in told
+    assert row["on_cpu"]
+    del each.measured[0]["prefill_host_ms"]  # as older measurements
+    del each.measured[0]["batch"]
+    report = write_report(tmp_path, plan_of(tmp_path), [each])
+    assert "## Where a prefill's error" not in (tmp_path / "report.md").read_text()
+    assert report["batch"] == 1
 
 
 def test_a_timeline_has_both_runs_of_a_point_whose_decisions_depend_on_time() -> None:
@@ -716,6 +749,23 @@ def test_requests_that_decode_nothing_are_refused_before_anything_is_measured(
 
 
 @pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (("next-gate, set: {depth: 2}", "score-ema, set: {}"), "score-ema needs the column"),
+        (("[25%, 50%]", "[50%, 1%]"), "expert budget"),
+    ],
+)
+def test_what_a_policy_lacks_is_told_before_anything_is_measured(
+    tmp_path: Path, changed: tuple[str, str], said: str
+) -> None:
+    columns = ("weights", "lookahead_1", "lookahead_2")
+    trace = make_trace(tmp_path / "trace", layers=16, experts=64, top_k=8, columns=columns)
+    PlanInputs(plan_of(tmp_path), trace)
+    with pytest.raises((UserError, PolicyError), match=said):
+        PlanInputs(plan_of(tmp_path, changed), trace)
+
+
+@pytest.mark.parametrize(
     ("options", "said"),
     [
         ("olmoe-dev --out {out} --minutes 0", "--minutes 0: give a number above 0"),
@@ -777,6 +827,9 @@ def test_a_plan_that_judges_what_it_was_calibrated_on_is_refused(
         ("second-olmoe", 24),
         ("second-qwen", 24),
         ("second-gpt-oss", 24),
+        ("lane-olmoe", 18),
+        ("batch-olmoe", 18),
+        ("long-olmoe", 4),
     ],
 )
 def test_the_shipped_plans_are_sound(name: str, points: int) -> None:

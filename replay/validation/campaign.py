@@ -20,11 +20,11 @@ from replay.play import Session
 from replay.point import predict_setting, replay_point
 from replay.validation.files import RunFiles, read_campaign
 from replay.validation.machine import model_times, on_usual_host, policy_times
-from replay.validation.plan import Cell, ValidationPlan, calibration_points
+from replay.validation.plan import Cell, ValidationPlan, calibration_points, cells_of
 from replay.validation.run import Target, canary, digest, measure, predict
 from sim.calibrated import CalibratedTiming
 from sim.inputs import Inputs
-from sim.point import Point, resolve_point
+from sim.point import Point, make_core, resolve_point
 from sim.spans import chrome_trace
 from tracer.trace import Trace
 from tracer.workload import Workload
@@ -82,6 +82,14 @@ class PlanInputs:
                     "choose others"
                 )
         self.geometry = plan.geometry or trace.manifest.geometry.name
+        self._require_cores(plan)
+
+    def _require_cores(self, plan: ValidationPlan) -> None:
+        """UserError or PolicyError for what a policy lacks, or a budget: before any calibration."""
+        for cell in cells_of(plan):
+            make_core(self.judged, resolve_point(self.judged, cell.point))
+        for point in calibration_points(plan):
+            make_core(self.calibration, resolve_point(self.calibration, point))
 
     @property
     def workloads(self) -> list[Workload]:
@@ -126,6 +134,8 @@ def _run(
         "command": command_line(),
         "expert_bytes": ready.layout.nbytes,
         "resident_predicted_ms": predicted_resident_ms(plan, inputs, session, times),
+        # In the order of the runs: decode, three a size of prefill, then the policies'.
+        "calibration_loops_ns": [round(loop_ns) for loop_ns in session.host_loops_ns],
     }
     files = RunFiles(out)
     files.predicted(times, chosen, sha256, facts)

@@ -26,9 +26,8 @@ from replay.validation.files import as_json
 from replay.validation.judged import Figures, Judged, Run
 from replay.validation.plan import ValidationPlan, cells_of
 from replay.validation.summary import (
-    component_lines,
+    errors_by_part,
     percent,
-    prefill_lines,
     summary,
     summary_lines,
 )
@@ -67,6 +66,7 @@ def row_of(judged: Judged) -> Figures:
         "budget": point.expert_budget,
         "link_scale": judged.cell.link_scale,
         "run": judged.run.number,
+        "on_cpu": _on_cpu(judged.predicted),
         "repeats": len(judged.measured),
         "time_independent": judged.time_independent,
         "decisions_equal": judged.difference is None if judged.time_independent else None,
@@ -76,7 +76,8 @@ def row_of(judged: Judged) -> Figures:
             size: _told(gap(judged, at("prefill_ms", size)))
             for size in judged.predicted["prefill_ms"]
         },
-        "components_ms": {name: _told(gap(judged, at("host_ms", name))) for name in COMPONENTS},
+        "components_ms": _components(judged, "host_ms"),
+        "prefill_components_ms": _components(judged, "prefill_host_ms"),
         "link_hidden_share": float(np.median([hidden_share(each) for each in judged.measured])),
         "naive": {
             "tpot_ms": _told(Gap(naive_ms(judged), tpot.measured, tpot.spread)),
@@ -86,6 +87,16 @@ def row_of(judged: Judged) -> Figures:
         "paired": paired_errors(judged),
         "host_slowness": host_slowness(judged),
     }
+
+
+def _components(judged: Judged, whose: str) -> Figures:
+    """By what the host did; None where nobody measured it, or no step is of that kind."""
+    return {name: _told(gap(judged, at(whose, name))) for name in COMPONENTS}
+
+
+def _on_cpu(predicted: Figures) -> bool:
+    """Whether the policy left any expert to the CPU."""
+    return any(predicted.get(phase, {}).get("cpu", 0) > 0 for phase in ("decode", "prefill"))
 
 
 def host_slowness(judged: Judged) -> list[float] | None:
@@ -122,6 +133,8 @@ def report_of(plan: ValidationPlan, judged: Sequence[Judged]) -> Figures:
         "cells": len(list(cells_of(plan))),
         "trace": first["trace"],
         "decode_tokens": first["tokens"]["decode"],
+        # Measurements that do not say are of engines that ran one request at a time.
+        "batch": judged[0].measured[0].get("batch", 1),
         "produced_by": first["produced_by"],
         "runs": [
             {**_run(runs[number]), "host_slowness": _host_of(rows, number)}
@@ -186,9 +199,8 @@ def lines(report: Figures) -> list[str]:
         told += _run_lines(run)
     told += ["", *summary_lines(report["summary"])]
     told += ["", "## Points", "", *_table(report["points"])]
-    told += ["", "## Where the error comes from", "", *component_lines(report["points"])]
-    if any(row["prefill_ms"] for row in report["points"]):
-        told += ["", "## Prefills by prompt", "", *prefill_lines(report["points"])]
+    told += ["", "## A token's time: its spread", "", *_tails_table(report["points"])]
+    told += errors_by_part(report["points"])
     told += ["", "## Ranking", "", *_ranking_table(report["rankings"])]
     return told
 
@@ -283,6 +295,35 @@ def _cells(row: Figures) -> list[str]:
         percent(figures["bytes"]),
         percent(figures["memory_bytes"]),
         "time-dependent" if equal is None else "equal" if equal else "**differ**",
+    ]
+
+
+_TAILS = {"tpot_p50_ms": "p50", "tpot_p90_ms": "p90", "tpot_p99_ms": "p99"}
+
+
+def _tails_table(rows: Sequence[Figures]) -> list[str]:
+    """Percentiles of the time of a token: measured, and the prediction's error."""
+    known = [name for name in _TAILS if any(row["figures"].get(name) for row in rows)]
+    titles = ["policy", "budget", "link"]
+    for name in known:
+        titles += [f"{_TAILS[name]} measured, ms", "spread", "predicted", "error"]
+    lines = [f"| {' | '.join(titles)} |", f"|{' --- |' * len(titles)}"]
+    for row in rows:
+        cells = [row["policy"], row["budget"], f"x{row['link_scale']:g}"]
+        for name in known:
+            cells += _gap_cells(row["figures"].get(name))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _gap_cells(found: Figures | None) -> list[str]:
+    if found is None:
+        return ["-"] * 4
+    return [
+        f"{found['measured']:.3f}",
+        f"{found['spread']:.1%}",
+        f"{found['predicted']:.3f}",
+        percent(found),
     ]
 
 

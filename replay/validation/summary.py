@@ -163,21 +163,50 @@ def _group_lines(name: str, group: Figures) -> list[str]:
     return [told]
 
 
-def component_lines(rows: Sequence[Figures]) -> list[str]:
-    """By what the host did: mean time, and the mean and the worst error in parts of the TPOT."""
+def errors_by_part(rows: Sequence[Figures]) -> list[str]:
+    """Sections: errors of decode steps and of prefills by component, of prefills by prompt."""
+    told = ["", "## Where the error comes from", ""]
+    told += _component_lines(rows, "components_ms", "TPOT")
+    timed = [row for row in rows if _has_prefill_parts(row)]
+    if timed:
+        told += ["", "## Where a prefill's error comes from", ""]
+        told += _component_lines(timed, "prefill_components_ms", "a prefill")
+    if any(row["prefill_ms"] for row in rows):
+        told += ["", "## Prefills by prompt", "", *_prefill_lines(rows)]
+    return told
+
+
+def _has_prefill_parts(row: Figures) -> bool:
+    """Older measurements, and traces without prefills, have none."""
+    return any(row.get("prefill_components_ms", {}).values())
+
+
+def _component_lines(rows: Sequence[Figures], parts: str, whole: str) -> list[str]:
+    """By what the host did: mean time, and the mean and the worst error in parts of the whole.
+
+    ``whole``: TPOT, or the time of a prefill, the sum of its parts.
+    """
+    titles = (
+        "policies",
+        "the host's",
+        "measured, ms",
+        "error, ms",
+        *(f"of {whole}, {which}" for which in ("mean", "worst")),
+    )
     lines = [
-        "Mean over points; errors in percent of the point's TPOT, so that they add up.",
+        f"Mean over points; errors in percent of the point's {whole}, so that they add up.",
         "",
-        "| policies | the host's | measured, ms | error, ms | of TPOT, mean | of TPOT, worst |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"| {' | '.join(titles)} |",
+        f"|{' --- |' * len(titles)}",
     ]
     for name, members in groups(rows):
+        totals = np.array([_whole_ms(row, parts) for row in members])
         for component in COMPONENTS:
-            found = [row["components_ms"][component] for row in members]
+            found = [row[parts][component] for row in members]
             if not any(each and (each["measured"] or each["predicted"]) for each in found):
                 continue
             gaps = np.array([each["predicted"] - each["measured"] for each in found])
-            shares = gaps / np.array([row["figures"]["tpot_ms"]["measured"] for row in members])
+            shares = gaps / totals
             worst = shares[np.argmax(np.abs(shares))]
             measured = np.mean([each["measured"] for each in found])
             lines.append(
@@ -187,7 +216,13 @@ def component_lines(rows: Sequence[Figures]) -> list[str]:
     return lines
 
 
-def prefill_lines(rows: Sequence[Figures]) -> list[str]:
+def _whole_ms(row: Figures, parts: str) -> float:
+    if parts == "components_ms":
+        return float(row["figures"]["tpot_ms"]["measured"])
+    return float(sum(each["measured"] for each in row[parts].values() if each))
+
+
+def _prefill_lines(rows: Sequence[Figures]) -> list[str]:
     """Errors of prefills by the prompt's tokens."""
     sizes = sorted({int(size) for row in rows for size in row["prefill_ms"]})
     lines = [

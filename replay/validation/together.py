@@ -13,7 +13,7 @@ from configs.files import write_atomically
 from replay.validation.figure import draw_scatter
 from replay.validation.files import as_json
 from replay.validation.judged import Figures
-from replay.validation.summary import component_lines, prefill_lines, summary, summary_lines
+from replay.validation.summary import errors_by_part, summary, summary_lines
 
 
 def write_together(folders: Sequence[Path], out: Path) -> list[str]:
@@ -27,9 +27,7 @@ def write_together(folders: Sequence[Path], out: Path) -> list[str]:
     told = summary(rows, ranks)
     lines = ["# Predicted against measured", "", *_of_each(folders, reports, out)]
     lines += ["", *summary_lines(told)]
-    lines += ["", "## Where the error comes from", "", *component_lines(rows)]
-    if any(row["prefill_ms"] for row in rows):
-        lines += ["", "## Prefills by prompt", "", *prefill_lines(rows)]
+    lines += errors_by_part(rows)
     out.mkdir(parents=True, exist_ok=True)
     each = {str(folder): report["summary"] for folder, report in zip(folders, reports, strict=True)}
     write_atomically(out / "summary.json", as_json({"all": told, "each": each}))

@@ -22,16 +22,27 @@ from sim.wording import listed
 
 VALIDATION = Path(__file__).resolve().parents[2] / "validation"
 
-_FIGURES = {"mean": "tpot_ms", "p50": "tpot_p50_ms", "p90": "tpot_p90_ms"}
+_FIGURES = {
+    "mean": "tpot_ms",
+    "p50": "tpot_p50_ms",
+    "p90": "tpot_p90_ms",
+    "p99": "tpot_p99_ms",
+}
+_DEMAND, _PREFETCH, _CPU = (
+    "that copy on demand",
+    "that prefetch",
+    "whose misses the CPU computes in part",
+)
 
 
 @dataclass(frozen=True)
 class Confidence:
     """``level``: ``validated``, ``calibrated`` (measured times, no validation) or ``estimated``.
 
-    Where validated: the errors of ``points`` measured ones of its kind (on demand or prefetching),
-    relative and without sign, and the TPOT between which the measured one then lies if the worst of
-    them holds. ``why``: what this rests on, and what of it was not validated; ``source``: where.
+    Where validated: the errors of ``points`` measured ones of its kind (on demand, prefetching, or
+    with the CPU's help), relative and without sign, and the TPOT between which the measured one
+    then lies if the worst of them holds. ``why``: what this rests on, and what of it was not
+    validated; ``source``: where.
     """
 
     level: str
@@ -56,6 +67,11 @@ class Campaign:
     def name(self) -> str:
         """Its place, for people."""
         return str(self.directory.relative_to(VALIDATION.parent))
+
+    @property
+    def batch(self) -> int:
+        """Requests that ran together."""
+        return int(self.report["batch"])
 
     @property
     def policies(self) -> set[str]:
@@ -86,33 +102,42 @@ def confidence_in(
     """What is known of the error of a predicted TPOT.
 
     Errors are those of the model's own campaigns, or, for a policy that is in none of them, of all
-    ``campaigns`` of the machine.
+    ``campaigns`` of the machine; of as many requests at a time. With a CPU's help errors are those
+    of the model's own campaigns alone.
     """
-    own = [each for each in campaigns if each.plan["geometry"] == setting.geometry.name]
+    of_model = [each for each in campaigns if each.plan["geometry"] == setting.geometry.name]
     if setting.timing.provenance != "calibrated":
-        return Confidence("estimated", _why_estimated(setting, own))
-    if not own:
+        return Confidence("estimated", _why_estimated(setting, of_model))
+    if not of_model:
         why = "measured times of this model on this machine; nobody has validated them"
         return Confidence("calibrated", f"{why} (see moesim validate)")
     batch = setting.workload.max_batch
-    if batch > 1:
-        why = f"measured times; {batch} requests at a time were not validated"
-        return Confidence("calibrated", why, own[0].name)
-    if found.on_cpu:
-        why = f"measured times; {found.policy}, whose misses the CPU computes in part, and its like"
-        return Confidence("calibrated", f"{why} were not validated", own[0].name)
+    kind = _CPU if found.on_cpu else _PREFETCH if found.prefetches else _DEMAND
+    figure = _FIGURES[percentile]
+    own = _with_errors(of_model, batch, kind, figure)
+    if not own:
+        figure = _FIGURES["mean"]
+        own = _with_errors(of_model, batch, kind, figure)
+    if not own:
+        what = f"policies {kind}" if batch == 1 else f"{batch} requests at a time"
+        why = f"measured times; on this model {what} were not validated"
+        return Confidence("calibrated", why, of_model[0].name)
     is_own = any(found.policy in each.policies for each in own)
-    used = own if is_own else campaigns
-    errors = np.concatenate([_errors(each, found.prefetches, percentile) for each in used])
+    here = is_own or found.on_cpu
+    used = own if here else _with_errors(campaigns, batch, kind, figure)
+    errors = np.concatenate([_errors(each, kind, figure) for each in used])
     worst = float(errors.max())
-    kind = "that prefetch" if found.prefetches else "that copy on demand"
     names = dict.fromkeys(each.plan["geometry"] for each in used)
-    models = "this model" if is_own else listed(list(names))
-    why = f"policies {kind} on {models}, one request at a time"
+    models = "this model" if here else listed(list(names))
+    together = "one request" if batch == 1 else f"{batch} requests"
+    why = f"policies {kind} on {models}, {together} at a time"
+    said = _beyond(found, setting, own)
+    if figure != _FIGURES[percentile]:
+        said.append("errors are of the mean")
     return Confidence(
         level="validated",
-        why="; ".join([why, *_beyond(found, setting, percentile, own)]),
-        source=own[0].name if is_own and not own[1:] else str(Path(own[0].name).parent),
+        why="; ".join([why, *said]),
+        source=used[0].name if not used[1:] else str(Path(used[0].name).parent),
         points=len(errors),
         median_error=float(np.median(errors)),
         worst_error=worst,
@@ -134,19 +159,27 @@ def _why_estimated(setting: Setting, campaigns: Sequence[Campaign]) -> str:
     return f"{why}. Times of {dtype} experts were measured: --dtype {dtype} --timings {shown}"
 
 
-def _errors(campaign: Campaign, prefetches: bool, percentile: str) -> Any:
-    """Of the campaign's points of that kind, without sign; of the mean where p99 is asked for."""
-    figure = _FIGURES.get(percentile, "tpot_ms")
-    return np.array(
-        [
-            abs(point["figures"][figure]["error"])
-            for point in campaign.report["points"]
-            if point["time_independent"] != prefetches
-        ]
-    )
+def _with_errors(
+    campaigns: Sequence[Campaign], batch: int, kind: str, figure: str
+) -> list[Campaign]:
+    """Those of so many requests at a time that have the figure of policies of that kind."""
+    return [each for each in campaigns if each.batch == batch and _errors(each, kind, figure)]
 
 
-def _beyond(found: Found, setting: Setting, percentile: str, own: Sequence[Campaign]) -> list[str]:
+def _kind_of(point: dict[str, Any]) -> str:
+    if point["on_cpu"]:
+        return _CPU
+    return _DEMAND if point["time_independent"] else _PREFETCH
+
+
+def _errors(campaign: Campaign, kind: str, figure: str) -> list[float]:
+    """Of the campaign's points of that kind that have the figure, without sign."""
+    points = [each for each in campaign.report["points"] if _kind_of(each) == kind]
+    known = [each["figures"][figure] for each in points if figure in each["figures"]]
+    return [abs(each["error"]) for each in known]
+
+
+def _beyond(found: Found, setting: Setting, own: Sequence[Campaign]) -> list[str]:
     """What was not among the validated points of the model's ``own`` campaigns."""
     said = []
     if not any(found.policy in each.policies for each in own):
@@ -160,7 +193,6 @@ def _beyond(found: Found, setting: Setting, percentile: str, own: Sequence[Campa
     if setting.point.link is not None:
         slower = sorted({scale for plan in plans for scale in plan["link_scales"] if scale != 1})
         scales = " and ".join(f"{scale:g}" for scale in slower)
-        said.append(f"they were over the machine's own link and {scales} times slower")
-    if percentile not in _FIGURES:
-        said.append("errors are of the mean")
+        links = f"own link and {scales} times slower" if slower else "own link"
+        said.append(f"they were over the machine's {links}")
     return said
