@@ -127,8 +127,8 @@ def confidence_in(
     used = own if here else _with_errors(campaigns, batch, kind, figure)
     errors = np.concatenate([_errors(each, kind, figure) for each in used])
     worst = float(errors.max())
-    names = dict.fromkeys(each.plan["geometry"] for each in used)
-    models = "this model" if here else listed(list(names))
+    names = sorted({each.plan["geometry"] for each in used})
+    models = "this model" if here else listed(names)
     together = "one request" if batch == 1 else f"{batch} requests"
     why = f"policies {kind} on {models}, {together} at a time"
     said = _beyond(found, setting, own)
