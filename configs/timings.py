@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
+import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -68,10 +69,14 @@ class HostTimes(_Strict):
 
 
 class ExpertsTime(_Strict):
-    """GPU time of one launch over so many distinct experts."""
+    """GPU time of one launch over so many distinct experts.
+
+    ``beside_ns``: how much longer it takes while copies run; None: not measured at this size.
+    """
 
     experts: int = Field(ge=1)
     ns: Ns
+    beside_ns: Ns | None = None
 
 
 class Pass(_Strict):
@@ -115,13 +120,29 @@ class Pass(_Strict):
             return known[0].ns
         return round(known[-1].ns * experts / known[-1].experts)
 
+    def beside_ns(self, experts: int) -> int | None:
+        """How much longer a launch over so many takes beside copies; None: it was not measured.
+
+        Interpolated; beyond what was measured as the nearest.
+        """
+        known = [(each.experts, each.beside_ns) for each in self.experts]
+        measured = [(size, ns) for size, ns in known if ns is not None]
+        if not measured:
+            return None
+        sizes, times = zip(*measured, strict=True)
+        return round(float(np.interp(experts, sizes, times)))
+
 
 class PolicyTimes(_Strict):
     """Host time in runs of one policy, in place of that of the pass.
 
-    The last three in decode steps only, and None where they were not measured: after long waits
-    and much work in between, the same call takes longer. ``expert_share``: of all experts' bytes,
-    what the slots of the measured run were allowed; None: it was not told.
+    ``step_ns``, ``segment_launch_ns``, ``experts_launch_ns``: in decode steps only, since after
+    long waits and much work in between the same call takes longer. ``prediction_ns``: when a
+    finished prediction takes effect within a wait. ``prefill_...``: in prefills of
+    ``prefill_tokens`` tokens in the mean: of a first wave's decision with all that it awaits, of a
+    later one's, and of a prediction. None: it was not measured, or there was none.
+    ``expert_share``: of all experts' bytes, what the slots of the measured run were allowed; None:
+    it was not told.
     """
 
     expert_share: float | None = Field(default=None, gt=0, le=1)
@@ -131,10 +152,21 @@ class PolicyTimes(_Strict):
     step_ns: Ns | None = None
     segment_launch_ns: Ns | None = None
     experts_launch_ns: Ns | None = None
+    prediction_ns: Ns | None = None
+    prefill_tokens: int | None = Field(default=None, ge=1)
+    prefill_decision_ns: Ns | None = None
+    prefill_next_wave_ns: Ns | None = None
+    prefill_prediction_ns: Ns | None = None
+
+    @model_validator(mode="after")
+    def _check_prefill(self) -> Self:
+        if (self.prefill_tokens is None) != (self.prefill_decision_ns is None):
+            raise ValueError("prefill_tokens and prefill_decision_ns go together")
+        return self
 
     def slowed(self, factor: float) -> PolicyTimes:
         """On a host so many times as slow."""
-        return _times(self, factor, apart={"expert_share"})
+        return _times(self, factor, apart={"expert_share", "prefill_tokens"})
 
 
 def _between(low: PolicyTimes, high: PolicyTimes, expert_share: float) -> PolicyTimes:
@@ -236,7 +268,7 @@ class ModelTimes(_Strict):
     link: LinkTimes
     segment_slowdown: Slowdown
     experts_beside_ns: Ns
-    """By which a launch of experts takes longer while copies run."""
+    """By which a launch of one expert takes longer while copies run, unless its pass says."""
     predictor_ns: dict[str, Ns] = Field(default_factory=dict)
     policies: dict[str, Annotated[tuple[PolicyTimes, ...], Field(strict=False, min_length=1)]] = (
         Field(default_factory=dict)

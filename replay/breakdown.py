@@ -58,6 +58,15 @@ class Marks:
         scaled = np.where(host, self.duration * (LOOP_NS / loop_ns), self.duration)
         return replace(self, duration=scaled.round().astype(np.int64))
 
+    def first_waves(self) -> npt.NDArray[np.bool_]:
+        """Which marks end a decision about an event's first wave, bool [marks].
+
+        It follows a segment's launch and the wait for it.
+        """
+        found: npt.NDArray[np.bool_] = self.kind == DECIDE
+        found[2:] &= self.kind[:-2] == SEGMENT
+        return found
+
     def within(self, chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """Which marks belong to ``chosen`` steps, bool [steps]."""
         return _within(self.step, chosen)
@@ -74,6 +83,13 @@ def _step_of(ends: Ints, begins: Sequence[int]) -> Ints:
 def _within(step: Ints, chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     belongs: npt.NDArray[np.bool_] = (step >= 0) & chosen[np.maximum(step, 0)]
     return belongs
+
+
+def predictions_ns(measured: Measured, chosen: npt.NDArray[np.bool_]) -> Ints:
+    """What each prediction took that became effective within a wait. ``chosen``: bool [steps]."""
+    end, took = np.array(measured.predictions, np.int64).reshape(-1, 2).T
+    counted: Ints = took[_within(_step_of(end, measured.times.begin), chosen)]
+    return counted
 
 
 def components(marks: Marks, chosen: npt.NDArray[np.bool_]) -> dict[str, float | None]:

@@ -236,7 +236,9 @@ class Driver:
         for each in self._coming:
             ready, prediction = each
             if ready():
+                began = perf_counter_ns()
                 self.core.prediction_ready(prediction)
+                self.ledger.predicted(began)
             else:
                 still.append(each)
         self._coming = still

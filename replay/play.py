@@ -70,11 +70,11 @@ class Measured:
     """Wall times of the steps, ns, what the host did, and the chunks that the link carried.
 
     ``loops_ns``: what a fixed loop of Python took around the run and, if it was to be sampled,
-    after every step. ``marks``: as :class:`replay.ledger.Ledger` has them. Of ``times``, segments
-    and experts are not told apart. ``tokens``: the model's greedy choice after every step, whatever
-    text was forced on it, one for each request of the step. ``logits``: likewise, [vocabulary],
-    float32 on the host, if they were to be kept. ``routing``: the executed ids [rows, k] of every
-    event, if they were to be kept.
+    after every step. ``marks`` and ``predictions``: as :class:`replay.ledger.Ledger` has them. Of
+    ``times``, segments and experts are not told apart. ``tokens``: the model's greedy choice after
+    every step, whatever text was forced on it, one for each request of the step. ``logits``:
+    likewise, [vocabulary], float32 on the host, if they were to be kept. ``routing``: the executed
+    ids [rows, k] of every event, if they were to be kept.
     """
 
     times: StepTimes = field(default_factory=StepTimes)
@@ -85,6 +85,7 @@ class Measured:
     routing: list[Ints] = field(default_factory=list)
     chunks_on_link: list[ChunkSpan] = field(default_factory=list)
     marks: list[tuple[int, int, int, int]] = field(default_factory=list)
+    predictions: list[tuple[int, int]] = field(default_factory=list)
     loops_ns: list[int] = field(default_factory=list)
 
     @property
@@ -320,6 +321,7 @@ class Replay:
             measured.loops_ns += [loop_ns() for _ in range(_HOST_SAMPLES)]
         measured.chunks, measured.copied_bytes = copies.chunks, copies.nbytes
         measured.marks = driver.ledger.marks
+        measured.predictions = driver.ledger.predictions
         measured.chunks_on_link = copies.spans
         self._core.finish()
         return measured

@@ -89,8 +89,11 @@ class CalibratedTiming(RooflineTiming):
             costs = replace(costs, cpu_start_ns=self._cpu.start_ns)
         if self._own is None:
             return costs
-        costs = _with_policy(costs, self._own, plain)
-        return _with_decode_steps(costs, self._own) if tokens == 1 else costs
+        if tokens == 1:
+            return _with_decode_steps(_with_policy(costs, self._own, plain), self._own)
+        if self._own.prefill_tokens is None:
+            return _with_policy(costs, self._own, plain)
+        return _with_prefills(costs, self._own, _mixed(self._between(self._own.prefill_tokens)))
 
     def segment_ns(self, layer: int, tokens: int, requests: int, kv_tokens: int) -> int:
         """By layer; decode steps by KV capacity."""
@@ -109,9 +112,14 @@ class CalibratedTiming(RooflineTiming):
         return _mean(self._between(max(tokens, 2)), lambda each: each.experts_ns(experts))
 
     def experts_ppm(self, experts: int) -> int:
-        """A launch beside copies takes a constant longer, whatever its size."""
+        """As measured of a decode step's launches."""
+
+        def longer_ns(measured: Pass) -> int:
+            found = measured.beside_ns(experts)
+            return self._beside_ns if found is None else found
+
         alone = _mean(self._step(), lambda each: each.experts_ns(experts))
-        return round(self._beside_ns * _PPM / max(alone, 1))
+        return round(_mean(self._step(), longer_ns) * _PPM / max(alone, 1))
 
     def head_ns(self, requests: int) -> int:
         """Of a decode step."""
@@ -184,7 +192,7 @@ def _mixed(passes: Weighted) -> HostCosts:
     def mean(name: str) -> int:
         return _mean(passes, lambda each: getattr(each.host, name))
 
-    names = [name for name in HostTimes.model_fields if name != "next_wave_ns"]
+    names = HostTimes.model_fields.keys() - {"next_wave_ns"}
     costs = HostCosts(**{name: mean(name) for name in names})
     if all(each.host.next_wave_ns is None for each, _ in passes):
         return costs
@@ -204,6 +212,26 @@ def _with_policy(costs: HostCosts, own: PolicyTimes, plain: HostCosts) -> HostCo
         decision_ns=max(costs.decision_ns + own.decision_ns - plain.decision_ns, 0),
         awaited_ns=own.awaited_ns,
         copy_issue_ns=own.copy_issue_ns,
+        prediction_ns=own.prediction_ns or 0,
+    )
+
+
+def _with_prefills(costs: HostCosts, own: PolicyTimes, measured_at: HostCosts) -> HostCosts:
+    """A prefill's costs, with what the policy's own prefills took.
+
+    ``measured_at``: of the pass at the tokens of those. A decision's time has all that it awaits
+    in it, as the pass' has.
+    """
+    assert own.prefill_decision_ns is not None
+    more_ns = own.prefill_decision_ns - measured_at.decision_ns
+    later_ns = own.prefill_next_wave_ns
+    return replace(
+        costs,
+        decision_ns=max(costs.decision_ns + more_ns, 0),
+        next_wave_ns=costs.next_wave_ns if later_ns is None else later_ns,
+        awaited_ns=0,
+        copy_issue_ns=own.copy_issue_ns,
+        prediction_ns=own.prefill_prediction_ns or 0,
     )
 
 

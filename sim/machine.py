@@ -423,11 +423,12 @@ class Machine:
     def _poll(self, now: int) -> None:
         """Take in predictions that are finished, then refill the window."""
         self.clock = now
-        coming = self._coming
+        coming, link = self._coming, self.link
         while coming and coming[0][0] <= now:
             self.core.prediction_ready(heappop(coming)[2])
+            link.host_free = max(link.host_free, now) + self._costs.prediction_ns
         if self._queue.high or self._queue.low:
-            self.link.refill(now)
+            link.refill(now)
 
     def _spin_for_gpu(self, now: int) -> int:
         """Poll until everything submitted has run and its result is on the host."""

@@ -23,7 +23,8 @@ class HostCosts:
     ``launch_each_ns``: more for each expert of a launch beyond the first. ``awaited_ns``: more for
     each expert that a wave awaits. ``landing_ns``: from an awaited landing until the host goes on.
     ``cpu_start_ns``: to hand a group to the CPU. ``next_wave_ns``: ``decision_ns`` of an event's
-    later waves, None: the same.
+    later waves, None: the same. ``prediction_ns``: for each finished prediction that takes effect
+    while the host spins.
     """
 
     segment_launch_ns: int
@@ -37,6 +38,7 @@ class HostCosts:
     landing_ns: int = 0
     cpu_start_ns: int = 0
     next_wave_ns: int | None = None
+    prediction_ns: int = 0
 
     def gate_ns(self, awaited: int, *, first: bool = True) -> int:
         """Of a decision about an event's ``first`` or a later wave that awaits so many experts."""

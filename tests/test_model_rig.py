@@ -12,9 +12,10 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from replay.calibrate import model as rigs  # noqa: E402
-from replay.calibrate.model import ModelRig, Traffic, held_bytes  # noqa: E402
+from replay.calibrate.model import ModelRig, PrefillRun, Traffic, held_bytes  # noqa: E402
 from replay.model import ReplayModel, from_checkpoint  # noqa: E402
-from replay.play import Session  # noqa: E402
+from replay.play import Replay, Session  # noqa: E402
+from sim.spans import DECIDE, SEGMENT  # noqa: E402
 
 MIB = 2**20
 
@@ -57,6 +58,28 @@ def test_workspace_is_the_peak_less_what_is_held(
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak)
     assert rig.workspace_bytes(8) == 12_345
     assert said == ["reset", "run 8"]
+
+
+def test_prefills_alternate_with_decode_steps_and_are_told_apart(twin: ReplayModel) -> None:
+    """Of six prefills the last three count, whatever decodes between them."""
+    session = Session(twin, 30)
+    rig = ModelRig(session, 0)
+    steps = rig.prefill_steps(12, rig.shape.experts)
+    prefills = [step.index for step in steps if step.prefill]
+    assert [step.index for step in steps] == list(range(54))
+    assert prefills == [0, 9, 18, 27, 36, 45]
+    assert all(len(step.token_ids) == 1 for step in steps if not step.prefill)
+    core = rigs._core(rig.shape, "lru", rig.shape.experts)
+    measured = Replay(session, core).run(steps, sample_host=True)
+    run = PrefillRun.measured(measured)
+    layers = rig.shape.layers
+    for kind in (SEGMENT, DECIDE):
+        counted = run.settled(kind)
+        heads = 3 if kind == SEGMENT else 0
+        assert counted.sum() == 3 * layers + heads
+        assert set(run.step[counted].tolist()) == {27, 36, 45}
+    assert run.first_waves()[run.settled(DECIDE)].all()
+    assert 0 < run.step_ns < 10**9
 
 
 class Copies:

@@ -315,6 +315,20 @@ def test_the_host_takes_time_for_each_awaited_expert_and_each_landing(run: Run) 
     assert figures["stall_miss"][0] == 71 - 52
 
 
+@pytest.mark.parametrize("run", [run_lean, run_plain])
+def test_the_host_is_busy_with_a_finished_prediction(run: Run) -> None:
+    """It names what it names at once; the hand-over and the end of the spin wait for the host."""
+    case = Case(policy="accuracy-q", params={"q": 1.0}, layers=2, slots=4, prompt=0, steps=6)
+    # Finished long before the GPU is, and long after it was: within a wait either way.
+    for predictor_ns in (12, 30):
+        quick = replace(BY_HAND, predictor_ns={"next_gate": predictor_ns})
+        slow = replace(quick, host=replace(quick.host, prediction_ns=1_000))
+        found, longer = run(case, quick), run(case, slow)
+        predicted = 5  # of the second layer, in each step but the first, which all misses fill
+        assert longer["end"][-1] - found["end"][-1] >= predicted * 900
+        assert longer["tally"].prefetch_issued > 0
+
+
 @MODELS
 def test_a_launch_takes_longer_for_each_expert_and_in_a_step_of_many_tokens(run: Run) -> None:
     # One layer whose two experts are there in the second step. Step work 7, segment launched at 9,
@@ -342,6 +356,9 @@ TIMINGS = {
     "delayed": OddTiming(predictor_ns=DELAYED),
     "delayed-slowdown": replace(SLOW, predictor_ns=DELAYED),
     "slow-host": OddTiming(HostCosts(9, 8, 5, 13, 10, 41, next_wave_ns=6), predictor_ns=DELAYED),
+    "slow-planning": replace(
+        SLOW, host=HostCosts(4, 3, 5, 6, 4, 7, prediction_ns=17), predictor_ns=DELAYED
+    ),
     "by-size": OddTiming(
         replace(HOST, launch_each_ns=2, awaited_ns=3, landing_ns=4, cpu_start_ns=5),
         predictor_ns=DELAYED,
@@ -585,7 +602,13 @@ def test_a_policy_that_asks_for_the_time_hears_the_same(timing: OddTiming) -> No
 # ---------------------------------------------------------------------- random cases
 
 SMALL = st.integers(0, 6)
-HOSTS = st.builds(HostCosts, SMALL, SMALL, SMALL, SMALL, st.integers(0, 25), st.integers(0, 40))
+HOSTS = st.builds(
+    HostCosts,
+    *[SMALL] * 4,
+    st.integers(0, 25),
+    st.integers(0, 40),
+    prediction_ns=st.one_of(st.just(0), st.integers(1, 60)),
+)
 LINKS = st.builds(LinkCosts, st.sampled_from([10**9, 7 * 10**8]), st.integers(0, 9), SMALL)
 PPM = st.sampled_from([0, 130_000, 500_000, 1_000_003])
 TIMES = st.integers(1, 60)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -15,9 +16,12 @@ from typer.testing import CliRunner  # noqa: E402
 
 import cli  # noqa: E402
 from configs.errors import UserError  # noqa: E402
+from policies.interface import Prediction  # noqa: E402
+from replay.breakdown import predictions_ns  # noqa: E402
 from replay.model import ReplayModel, from_checkpoint  # noqa: E402
 from replay.play import Session  # noqa: E402
 from replay.point import Replayed, decisions, predict_point, replay_point  # noqa: E402
+from replay.validation.machine import _mean_times, host_times  # noqa: E402
 from sim.inputs import Inputs  # noqa: E402
 from sim.point import Point  # noqa: E402
 from tests.machines import FlatTiming  # noqa: E402
@@ -92,6 +96,38 @@ def test_the_simulator_decides_what_the_device_decided(session: Session, inputs:
     assert len(told["step_ms"]) == told["tokens"]["decode"]
     # The parts of a step are all of it, in a simulated run too.
     assert sum(told["host_ms"].values()) == pytest.approx(told["itl_ms"]["mean"], rel=1e-3)
+
+
+def test_a_policys_host_times_are_of_decode_steps_and_of_prefills_apart(
+    session: Session, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = host_times(replay_point(session, inputs, point("next-gate", "25%")))
+    assert at_once.prediction_ns is None  # in the decision's time
+    assert at_once.prefill_tokens == 49
+    assert at_once.prefill_next_wave_ns is not None  # 64 experts do not fit at once
+    assert at_once.prefill_decision_ns is not None
+    assert at_once.prefill_decision_ns > at_once.decision_ns
+
+    def second_look(prediction: Prediction, layer: int) -> Callable[[], bool]:
+        looks = iter((False, True))
+        return lambda: next(looks)
+
+    monkeypatch.setattr("replay.driver._at_once", second_look)
+    found = replay_point(session, inputs, point("next-gate", "25%"))
+    layers, steps = 16, 4
+    assert len(found.measured.predictions) == steps * (layers - 1)
+    decode = np.array([False, True, True, True])
+    assert len(predictions_ns(found.measured, decode)) == 3 * (layers - 1)
+    assert len(predictions_ns(found.measured, ~decode)) == layers - 1
+    times = host_times(found)
+    assert times.prediction_ns is not None
+    assert times.prefill_prediction_ns is not None
+    assert 0 < times.prediction_ns < 10**7
+    plain = host_times(replay_point(session, inputs, point("lru", "25%")))
+    assert (plain.prediction_ns, plain.prefill_prediction_ns) == (None, None)
+    # What one run has not counts for nothing in the mean.
+    mean = _mean_times([times, times.model_copy(update={"prediction_ns": None})])
+    assert mean == times
 
 
 def test_what_the_engine_cannot_run_is_said(session: Session, inputs: Inputs) -> None:

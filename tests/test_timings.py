@@ -9,6 +9,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
 import cli
@@ -346,6 +347,44 @@ def test_a_policys_steps_are_its_own_in_decode_only() -> None:
     assert prefill.experts_launch_ns == plain.host_for(64).experts_launch_ns
 
 
+def test_a_policys_prefills_are_its_own() -> None:
+    """As much more than lru's decisions as where they were measured; all they await is in it."""
+    own = PolicyTimes(
+        decision_ns=59_000,
+        awaited_ns=700,
+        copy_issue_ns=8,
+        prediction_ns=20_000,
+        prefill_tokens=8,
+        prefill_decision_ns=25_000,
+        prefill_next_wave_ns=6_000,
+        prefill_prediction_ns=40_000,
+    )
+    found = timing(model_times(policies={"slow": own}), policy="slow")
+    plain = timing(model_times())
+    more_ns = 25_000 - plain.host_for(8).decision_ns
+    assert more_ns == 16_000
+    for tokens in (8, 64):
+        host = found.host_for(tokens)
+        assert host.decision_ns == plain.host_for(tokens).decision_ns + more_ns
+        assert (host.awaited_ns, host.next_wave_ns, host.prediction_ns) == (0, 6_000, 40_000)
+    decode = found.host_for(1)
+    assert (decode.decision_ns, decode.awaited_ns, decode.prediction_ns) == (59_000, 700, 20_000)
+    assert decode.next_wave_ns is None
+    quick = own.model_copy(update={"prefill_decision_ns": 0, "prefill_next_wave_ns": None})
+    found = timing(model_times(policies={"quick": quick}), policy="quick")
+    assert found.host_for(8).decision_ns == 0
+    assert found.host_for(8).next_wave_ns is None
+    assert plain.host_for(8).prediction_ns == 0
+
+
+def test_what_a_prefill_took_is_of_so_many_tokens() -> None:
+    given = {"decision_ns": 1, "awaited_ns": 2, "copy_issue_ns": 3, "prefill_tokens": 8}
+    with pytest.raises(ValidationError, match="prefill_tokens and prefill_decision_ns go together"):
+        PolicyTimes(**given)
+    slower = PolicyTimes(**given, prefill_decision_ns=10).slowed(3)
+    assert (slower.prefill_tokens, slower.prefill_decision_ns) == (8, 30)
+
+
 def test_later_waves_have_decisions_of_their_own_between_measured_sizes() -> None:
     assert timing(model_times()).host_for(8).next_wave_ns is None
     one, eight, many = a_pass(1), a_pass(8), a_pass(64, decision_ns=65_000)
@@ -362,6 +401,25 @@ def test_a_launch_beside_copies_takes_a_constant_longer() -> None:
     for experts in (1, 4, 8):
         nominal = found.experts_ns(0, experts, experts)
         assert nominal * found.experts_ppm(experts) / 1e6 == pytest.approx(15_000, rel=1e-4)
+
+
+def test_how_much_longer_may_depend_on_the_launchs_size() -> None:
+    one, *others = a_pass(1), a_pass(8)
+    sizes = [each.experts for each in one.experts]
+    assert len(sizes) > 2
+    beside = {sizes[0]: 2_000, sizes[-1]: 30_000}
+    experts = tuple(
+        each.model_copy(update={"beside_ns": beside.get(each.experts)}) for each in one.experts
+    )
+    measured = one.model_copy(update={"experts": experts})
+    assert one.beside_ns(1) is None
+    assert measured.beside_ns(sizes[0]) == 2_000
+    assert measured.beside_ns(sizes[-1]) == measured.beside_ns(10 * sizes[-1]) == 30_000
+    found = timing(model_times(measured, *others))
+    for size in (sizes[0], sizes[-1]):
+        longer_ns = found.experts_ns(0, size, size) * found.experts_ppm(size) / 1e6
+        assert longer_ns == pytest.approx(beside[size], rel=1e-3)
+    assert 2_000 < measured.beside_ns(sizes[1]) < 30_000
 
 
 @settings(deadline=None, max_examples=40)

@@ -41,6 +41,7 @@ Ints = npt.NDArray[np.int64]
 DECODE_STEPS = 60
 _SETTLING = 8  # steps of a run that are left out: caches fill, clocks rise
 _PREFILLS = 6
+_DECODES = 8  # steps after each: between prefills other code runs, as in use
 _TRAFFIC_BYTES = 4 * 2**30
 _LEAST_BLOCK = 8 * 2**20  # of traffic: smaller copies end before the next is handed over
 _TRAIN = 40  # copies back to back
@@ -77,9 +78,16 @@ class Run(Marks):
 
 
 class PrefillRun(Run):
-    """Of prefills: the first ones bring the experts in, compile and allocate."""
+    """Of prefills with decode steps between them, whose marks are left out.
 
-    settling: ClassVar[int] = _PREFILLS // 2
+    So are the first prefills': they bring the experts in, compile and allocate.
+    """
+
+    settling: ClassVar[int] = _PREFILLS // 2 * (1 + _DECODES)
+
+    def settled(self, kind: int) -> npt.NDArray[np.bool_]:
+        """Marks of a kind, in prefills."""
+        return super().settled(kind) & (self.step % (1 + _DECODES) == 0)
 
 
 def _mean_of(runs: Sequence[Run], kind: int) -> int:
@@ -257,9 +265,16 @@ class ModelRig:
             named = [*slots[np.arange(assigned) % distinct].tolist(), *[-1] * (most - assigned)]
             return _until_done(lambda: launches.launch(layer, 0, named))
 
+        sizes = launch_sizes(rows, shape.top_k)
+        _, of_one, of_all = self.beside_copies
+        beside = {sizes[-1]: of_all, sizes[0]: of_one}
         return [
-            ExpertsTime(experts=n, ns=self._gpu_ns([once(n, r) for r in range(_REPEATS)]))
-            for n in launch_sizes(rows, shape.top_k)
+            ExpertsTime(
+                experts=n,
+                ns=self._gpu_ns([once(n, r) for r in range(_REPEATS)]),
+                beside_ns=beside.get(n),
+            )
+            for n in sizes
         ]
 
     def _pool(self) -> SlotPool:
@@ -269,23 +284,33 @@ class ModelRig:
         return SlotPool(session.ready.layout, count, session.device)
 
     @cached_property
-    def beside_copies(self) -> tuple[float, int]:
-        """What copies beside it do to a segment (a fraction) and to a launch of experts (ns)."""
+    def beside_copies(self) -> tuple[float, int, int]:
+        """What copies beside it do to a segment (a fraction), and to a launch of experts (ns).
+
+        Of one expert, and of all that a decode step's launch can have.
+        """
         shape, session = self.shape, self.session
         captured = session.captured()
         launches = self._launches(self._pool())
         traffic = Traffic(session)
         most, distinct = session.rows * shape.top_k, needed(shape, session.rows)
-        names = (np.arange(most) % distinct).tolist(), [0, *[-1] * (most - 1)]
+        one, every = [0, *[-1] * (most - 1)], (np.arange(most) % distinct).tolist()
 
         def segment(repeat: int) -> None:
             captured.graphs[1 + repeat % (shape.layers - 1)].replay()
 
-        def experts(repeat: int) -> None:
-            launches.launch(repeat % shape.layers, 0, names[repeat % 2])
+        def of_one(repeat: int) -> None:
+            launches.launch(repeat % shape.layers, 0, one)
+
+        def of_all(repeat: int) -> None:
+            launches.launch(repeat % shape.layers, 0, every)
 
         plain, more = self._beside(segment, traffic)
-        return max(more / max(plain, 1), 0.0), max(self._beside(experts, traffic)[1], 0)
+        return (
+            max(more / max(plain, 1), 0.0),
+            max(self._beside(of_one, traffic)[1], 0),
+            max(self._beside(of_all, traffic)[1], 0),
+        )
 
     def _beside(self, launch: Callable[[int], None], traffic: Traffic) -> tuple[int, int]:
         """GPU time alone, and how much longer it takes beside copies."""
@@ -350,9 +375,22 @@ class ModelRig:
         )
 
     def _run_prefill(self, policy: str, slots: int, tokens: int) -> Run:
-        """The first passes bring the experts in, compile and allocate: they are left out."""
-        steps = [self._prefill_step(tokens, index) for index in range(_PREFILLS)]
+        steps = self.prefill_steps(tokens, slots)
         return PrefillRun.measured(self._run(_core(self.shape, policy, slots), steps))
+
+    def prefill_steps(self, tokens: int, slots: int) -> list[ForcedStep]:
+        """Prefills, each followed by decode steps of other requests over the same few experts."""
+        steps: list[ForcedStep] = []
+        for _ in range(_PREFILLS):
+            steps.append(self._prefill_step(tokens, len(steps)))
+            steps += self._decode_steps(_DECODES, slots, len(steps))
+        return steps
+
+    def _decode_steps(self, count: int, slots: int, index: int) -> list[ForcedStep]:
+        """From step ``index`` on, of requests of their own, which end with the last."""
+        rows = self.session.rows
+        made = routing(self.shape, count, 0, slots, first=index * rows, rows=rows)
+        return [replace(step, index=index + step.index) for step in made]
 
     def _prefill_step(self, tokens: int, index: int) -> ForcedStep:
         """Of requests of their own, which end with it."""
@@ -407,10 +445,9 @@ class ModelRig:
 
     def run_for_memory(self, prefill_tokens: int | None) -> int:
         """A prefill, if any, and two decode steps with few slots; returns how many."""
-        slots, rows = self._few_slots(), self.session.rows
+        slots = self._few_slots()
         steps = [] if prefill_tokens is None else [self._prefill_step(prefill_tokens, 0)]
-        decode = routing(self.shape, 2, 0, slots, first=len(steps) * rows, rows=rows)
-        steps += [replace(step, index=step.index + len(steps)) for step in decode]
+        steps += self._decode_steps(2, slots, len(steps))
         Replay(self.session, _core(self.shape, "lru", slots)).run(steps)
         return slots * self.shape.layers
 
@@ -425,12 +462,10 @@ def held_bytes(session: Session, slots: int) -> int:
 
 def _decisions(run: Run) -> dict[str, int]:
     """Mean time of decisions about first and later waves; the latter where there are any."""
-    places = np.flatnonzero(run.settled(DECIDE))
-    # A first wave's decision follows a segment's launch and the wait for it.
-    first = run.kind[places - 2] == SEGMENT
-    found = {"decision_ns": round(float(run.duration[places[first]].mean()))}
-    if not first.all():
-        found["next_wave_ns"] = round(float(run.duration[places[~first]].mean()))
+    decided, first = run.settled(DECIDE), run.first_waves()
+    found = {"decision_ns": round(float(run.duration[decided & first].mean()))}
+    if (decided & ~first).any():
+        found["next_wave_ns"] = round(float(run.duration[decided & ~first].mean()))
     return found
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from time import perf_counter, perf_counter_ns
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from configs.hardware import Hardware
 from configs.timings import LinkTimes, ModelTimes, PolicyTimes
 from policies.interface import Prediction
-from replay.breakdown import Marks
+from replay.breakdown import Marks, predictions_ns
 from replay.calibrate.model import ModelRig
 from replay.cores import LOOP_NS
 from replay.play import Session
@@ -38,7 +40,7 @@ def model_times(
     times are those of a host whose loop takes ``LOOP_NS``: see :func:`on_usual_host`.
     """
     rig = ModelRig(session, int(hardware.readback_ns))
-    segment_slowdown, experts_beside_ns = rig.beside_copies
+    segment_slowdown, one_beside_ns, _ = rig.beside_copies
     sizes = sorted(tokens for tokens in set(prefill_tokens) if tokens > session.rows)
     passes = (rig.decode, *(rig.prefill(tokens) for tokens in sizes))
     predictors = predictor_times(session)
@@ -51,7 +53,7 @@ def model_times(
         passes=passes,
         link=rig.link,
         segment_slowdown=segment_slowdown,
-        experts_beside_ns=experts_beside_ns,
+        experts_beside_ns=one_beside_ns,
         predictor_ns=predictors,
         # Last: what a session keeps for all its runs is there now.
         workspace_bytes=rig.workspace_bytes(max(sizes, default=None)),
@@ -119,19 +121,24 @@ def _by_share(runs: Sequence[PolicyTimes]) -> tuple[PolicyTimes, ...]:
 
 
 def _mean_times(runs: Sequence[PolicyTimes]) -> PolicyTimes:
-    def mean(name: str) -> int:
-        return round(float(np.mean([getattr(each, name) for each in runs])))
+    def mean(name: str) -> int | None:
+        known = [getattr(each, name) for each in runs if getattr(each, name) is not None]
+        return round(float(np.mean(known))) if known else None
 
     names = PolicyTimes.model_fields.keys() - {"expert_share"}
-    return PolicyTimes(expert_share=runs[0].expert_share, **{name: mean(name) for name in names})
+    return PolicyTimes.model_validate(
+        {"expert_share": runs[0].expert_share, **{name: mean(name) for name in names}}
+    )
 
 
 def host_times(run: Replayed) -> PolicyTimes:
     """A line through decision times by experts awaited, and the means of everything else.
 
-    On a host of the usual speed (:meth:`replay.breakdown.Marks.at_usual_speed`).
+    Of prefills, where the run has any, the means. On a host of the usual speed
+    (:meth:`replay.breakdown.Marks.at_usual_speed`).
     """
-    marks = Marks.of(run.measured).at_usual_speed(run.measured.host_loop_ns)
+    loop_ns = run.measured.host_loop_ns
+    marks = Marks.of(run.measured).at_usual_speed(loop_ns)
     phases = np.array([step.prefill_tokens == 0 for step in run.setting.workload.steps()])
     decode = marks.within(phases)
     decided = decode & (marks.kind == DECIDE)
@@ -151,7 +158,32 @@ def host_times(run: Replayed) -> PolicyTimes:
         step_ns=round(float(marks.duration[steps].sum() / phases.sum())),
         segment_launch_ns=round(float(marks.duration[decode & (marks.kind == SEGMENT)].mean())),
         experts_launch_ns=round(float(marks.duration[decode & (marks.kind == EXPERTS)].mean())),
-    )
+        prediction_ns=_mean_ns(predictions_ns(run.measured, phases) * (LOOP_NS / loop_ns)),
+    ).model_copy(update=_prefill_times(run, marks, ~phases))
+
+
+def _prefill_times(
+    run: Replayed, marks: Marks, chosen: npt.NDArray[np.bool_]
+) -> dict[str, int | None]:
+    """What the policy's decisions and predictions take in prefills. ``chosen``: bool [steps]."""
+    if not chosen.any():
+        return {}
+    tokens = [step.tokens for step in run.setting.workload.steps() if step.prefill_tokens]
+    decided = marks.within(chosen) & (marks.kind == DECIDE)
+    first = marks.first_waves()
+    loop_ns = run.measured.host_loop_ns
+    return {
+        "prefill_tokens": round(float(np.mean(tokens))),
+        "prefill_decision_ns": _mean_ns(marks.duration[decided & first]),
+        "prefill_next_wave_ns": _mean_ns(marks.duration[decided & ~first]),
+        "prefill_prediction_ns": _mean_ns(
+            predictions_ns(run.measured, chosen) * (LOOP_NS / loop_ns)
+        ),
+    }
+
+
+def _mean_ns(durations: npt.NDArray[Any]) -> int | None:
+    return round(float(durations.mean())) if len(durations) else None
 
 
 def scaled(link: LinkTimes, scale: float) -> LinkTimes:

@@ -313,15 +313,15 @@ class PlainModel:
 
     def _spin(self, is_over: Callable[[], bool], *awaited: Event) -> Steps:
         """Poll until ``is_over`` and no hand-over is under way; ``awaited`` may make it so."""
-        self._take_effect()
-        handing = self._refill_while_spinning()
+        handing = self._take_effect()
+        handing += self._refill_while_spinning()
         while not is_over() or self.hands.count:
             completed, predicted = self.link.completed, self.predicted
             pending = [event for event in (*awaited, *handing) if not event.processed]
             yield self.env.any_of([completed, predicted, *pending])
             yield self._host_event()
             if completed.triggered or predicted.triggered:
-                self._take_effect()
+                handing += self._take_effect()
                 handing += self._refill_while_spinning()
 
     def _spin_for_gpu(self) -> Steps:
@@ -401,10 +401,19 @@ class PlainModel:
         self.predicted.succeed()
         self.predicted = self.env.event()
 
-    def _take_effect(self) -> None:
+    def _take_effect(self) -> list[Event]:
+        """The host is busy with each, as with a hand-over, and in the same order."""
+        busy: list[Event] = []
         for prediction in self.finished:
             self.core.prediction_ready(prediction)
+            busy.append(self.env.process(self._be_busy(self.hands.request())))
         self.finished.clear()
+        return busy
+
+    def _be_busy(self, turn: Event) -> Steps:
+        yield turn
+        yield self.env.timeout(self.host.prediction_ns)
+        self.hands.release(turn)
 
     # ------------------------------------------------------------------ CPU lane
 
