@@ -183,6 +183,23 @@ def _between(low: PolicyTimes, high: PolicyTimes, expert_share: float) -> Policy
     return PolicyTimes(expert_share=expert_share, **{name: mean(name) for name in names})
 
 
+_RARE = ("prediction_ns", "prefill_next_wave_ns", "prefill_prediction_ns")
+
+
+def _filled(found: PolicyTimes, nearest: Sequence[PolicyTimes]) -> PolicyTimes:
+    """What a run had none of, such as later waves where there is room, as nearest to it."""
+    more = {
+        name: next((ns for each in nearest if (ns := getattr(each, name)) is not None), None)
+        for name in _RARE
+        if getattr(found, name) is None
+    }
+    return found.model_copy(update=more) if more else found
+
+
+def _apart(times: PolicyTimes, expert_share: float) -> float:
+    return abs((times.expert_share or 0.0) - expert_share)
+
+
 class LinkTimes(_Strict):
     """Of copies of this model's experts."""
 
@@ -327,12 +344,15 @@ class ModelTimes(_Strict):
         if known is None:
             return None
         if expert_share is None:
-            return known[len(known) // 2]
+            middle = known[len(known) // 2]
+            return _filled(middle, known)
         shares = [each.expert_share or 0.0 for each in known]
         at = bisect_left(shares, expert_share)
         if at in (0, len(known)) or shares[at] == expert_share:
-            return known[min(at, len(known) - 1)]
-        return _between(known[at - 1], known[at], expert_share)
+            found = known[min(at, len(known) - 1)]
+        else:
+            found = _between(known[at - 1], known[at], expert_share)
+        return _filled(found, sorted(known, key=lambda each: _apart(each, expert_share)))
 
     def on_host(self, factor: float, host_loop_ns: int) -> ModelTimes:
         """The same times on a host so many times as slow, whose loop takes ``host_loop_ns``."""

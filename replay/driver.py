@@ -96,7 +96,8 @@ class Driver:
         if self.routing is not None:
             self.routing.append(np.array(ids))
         # What lands while the host counts has not landed at the gate.
-        self._take_in()
+        self.copies.poll()
+        self._take_effect(waiting=False)
         keys, tokens = self._distinct(layer, ids)
         if self._previous >= 0:
             core.experts_done(self._previous)
@@ -141,7 +142,8 @@ class Driver:
 
     def spin(self) -> None:
         """What the host does whenever it waits: landings, finished predictions, refills."""
-        self._take_in()
+        self.copies.poll()
+        self._take_effect(waiting=True)
         self.copies.refill()
 
     def _distinct(
@@ -228,8 +230,8 @@ class Driver:
         else:
             self.stall_late_ns += stall_ns
 
-    def _take_in(self) -> None:
-        self.copies.poll()
+    def _take_effect(self, *, waiting: bool) -> None:
+        """Finished predictions; what they take is told apart from the wait, not from a decision."""
         if not self._coming:
             return
         still = []
@@ -238,7 +240,8 @@ class Driver:
             if ready():
                 began = perf_counter_ns()
                 self.core.prediction_ready(prediction)
-                self.ledger.predicted(began)
+                if waiting:
+                    self.ledger.predicted(began)
             else:
                 still.append(each)
         self._coming = still

@@ -69,7 +69,7 @@ class CalibratedTiming(RooflineTiming):
         )
         self.segment_slowdown_ppm = round(times.segment_slowdown * _PPM)
         self._beside_ns = times.experts_beside_ns
-        self.experts_slowdown_ppm = self.experts_ppm(1)
+        self.experts_slowdown_ppm = self.experts_ppm(1, 1)
         if times.cpu is not None:
             self.cpu_slowdown_ppm = round(times.cpu.slowdown * _PPM)
             self.link_slowdown_cpu_ppm = round(times.cpu.link_slowdown * _PPM)
@@ -105,20 +105,30 @@ class CalibratedTiming(RooflineTiming):
 
         A prefill's assigns more tokens to an expert.
         """
-        if assignments <= max(experts, self._most_decoded) or not self._prefill:
-            size = assignments if self._most_decoded else experts
+        if self._decodes(experts, assignments):
+            size = self._decode_size(experts, assignments)
             return _mean(self._step(), lambda each: each.experts_ns(size))
         tokens = round(assignments / self._geometry.top_k)
         return _mean(self._between(max(tokens, 2)), lambda each: each.experts_ns(experts))
 
-    def experts_ppm(self, experts: int) -> int:
+    def _decodes(self, experts: int, assignments: int) -> bool:
+        return assignments <= max(experts, self._most_decoded) or not self._prefill
+
+    def _decode_size(self, experts: int, assignments: int) -> int:
+        """By which a decode step's launches were measured; a prefill's counts by its experts."""
+        if self._most_decoded and self._decodes(experts, assignments):
+            return assignments
+        return experts
+
+    def experts_ppm(self, experts: int, assignments: int) -> int:
         """As measured of a decode step's launches."""
+        size = self._decode_size(experts, assignments)
 
         def longer_ns(measured: Pass) -> int:
-            found = measured.beside_ns(experts)
+            found = measured.beside_ns(size)
             return self._beside_ns if found is None else found
 
-        alone = _mean(self._step(), lambda each: each.experts_ns(experts))
+        alone = _mean(self._step(), lambda each: each.experts_ns(size))
         return round(_mean(self._step(), longer_ns) * _PPM / max(alone, 1))
 
     def head_ns(self, requests: int) -> int:

@@ -21,13 +21,13 @@ class QuietLink:
         self._link = link
         self._gpu = gpu
         self._host = timing.host
-        self._slowdown_ppm = [timing.experts_ppm(max(size, 1)) for size in range(experts + 1)]
         # One token assigned to each expert: a decode step of one request.
         self._decode_ns = [
             [timing.experts_ns(layer, size, size) for size in range(experts + 1)]
             for layer in range(layers)
         ]
-        self._experts_ns: dict[tuple[int, int, int], int] = {}
+        self._decode_ppm = [timing.experts_ppm(size, size) for size in (1, *range(1, experts + 1))]
+        self._launches: dict[tuple[int, int, int], tuple[int, int]] = {}
 
     def use(self, host: HostCosts) -> None:
         """Host costs from now on."""
@@ -39,16 +39,17 @@ class QuietLink:
         ``assigned``: how many tokens are assigned to them, all together.
         """
         if assigned == size:
-            cost = self._decode_ns[layer][size]
+            cost, slowdown_ppm = self._decode_ns[layer][size], self._decode_ppm[size]
         else:
-            known = self._experts_ns.get((layer, size, assigned))
+            known = self._launches.get((layer, size, assigned))
             if known is None:
-                known = self._timing.experts_ns(layer, size, assigned)
-                self._experts_ns[layer, size, assigned] = known
-            cost = known
+                timing = self._timing
+                known = timing.experts_ns(layer, size, assigned), timing.experts_ppm(size, assigned)
+                self._launches[layer, size, assigned] = known
+            cost, slowdown_ppm = known
         host = self._host
         now += host.experts_launch_ns + (size - 1) * host.launch_each_ns
-        self._gpu.pending.append((now, cost, self._slowdown_ppm[size], EXPERTS))
+        self._gpu.pending.append((now, cost, slowdown_ppm, EXPERTS))
         return now
 
     def burst(

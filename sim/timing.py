@@ -99,8 +99,8 @@ class Timing(ABC):
     def combine_ns(self) -> int:
         """GPU time to add what the CPU computed."""
 
-    def experts_ppm(self, experts: int) -> int:
-        """Slowdown of a launch over so many experts while copies run, in millionths."""
+    def experts_ppm(self, experts: int, assignments: int) -> int:
+        """Slowdown of a launch while copies run, in millionths; see :meth:`experts_ns`."""
         return self.experts_slowdown_ppm
 
     def host_for(self, tokens: int, requests: int = 1) -> HostCosts:

@@ -171,7 +171,7 @@ def test_forced_global_belady_is_optimal_where_events_fit(trace, slots):
 
 # ---------------------------------------------------------------------- gpt-oss-20b at 25 %
 
-QUICK_TOKENS = 12_000
+QUICK_TOKENS = 6_000
 
 
 @pytest.fixture(scope="module")

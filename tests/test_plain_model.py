@@ -52,8 +52,8 @@ class OddTiming(Timing):
     def host_for(self, tokens: int, requests: int = 1) -> HostCosts:
         return self.host if tokens == 1 or self.many_tokens is None else self.many_tokens
 
-    def experts_ppm(self, experts: int) -> int:
-        return self.experts_slowdown_ppm + self.ppm_each * experts
+    def experts_ppm(self, experts: int, assignments: int) -> int:
+        return self.experts_slowdown_ppm + self.ppm_each * (3 * experts - 2 * assignments) ** 2
 
     def segment_ns(self, layer: int, tokens: int, requests: int, kv_tokens: int) -> int:
         return self.segment + layer % 2 + tokens + 2 * requests + kv_tokens // 8

@@ -192,6 +192,19 @@ def checked(session: Any, steps: Any) -> list[int]:
     return Replay(session, core, link_scale=500, check=True).run(steps).tokens
 
 
+def test_a_predictions_time_is_told_within_waits(session: Any, inputs: Any) -> None:
+    from replay.validation.machine import host_times
+
+    found = run(session, inputs, "next-gate", "25%")
+    times = host_times(found)
+    print(times)
+    assert times.prediction_ns is not None
+    assert 1_000 < times.prediction_ns < 10**6
+    assert times.prefill_decision_ns is not None
+    assert times.prefill_decision_ns > times.decision_ns
+    assert len(found.measured.predictions) > len(found.measured.times.begin)
+
+
 def test_slow_copies_are_waited_for(session: Any, steps: Any, resident: Any) -> None:
     assert checked(session, steps) == resident.measured.tokens[: len(steps)]
 
@@ -453,6 +466,8 @@ def test_a_batch_is_calibrated_with_its_own_size(batch_session: Any, batches: An
     decode, prefill = times.passes
     assert (prefill.tokens, prefill.requests) == (32, BATCH)
     assert decode.experts[-1].experts == BATCH * batch_session.ready.top_k
+    assert decode.experts[0].beside_ns == times.experts_beside_ns
+    assert decode.experts[-1].beside_ns is not None
     assert sum(decode.segment_ns) > 0
     timing = CalibratedTiming(geometry, hardware, times, batch=BATCH)
     assert timing.segment_ns(1, 3, 3, 80) == decode.segment_ns[1]

@@ -400,7 +400,9 @@ def test_a_launch_beside_copies_takes_a_constant_longer() -> None:
     found = timing(model_times())
     for experts in (1, 4, 8):
         nominal = found.experts_ns(0, experts, experts)
-        assert nominal * found.experts_ppm(experts) / 1e6 == pytest.approx(15_000, rel=1e-4)
+        assert nominal * found.experts_ppm(experts, experts) / 1e6 == pytest.approx(
+            15_000, rel=1e-4
+        )
 
 
 def test_how_much_longer_may_depend_on_the_launchs_size() -> None:
@@ -417,9 +419,46 @@ def test_how_much_longer_may_depend_on_the_launchs_size() -> None:
     assert measured.beside_ns(sizes[-1]) == measured.beside_ns(10 * sizes[-1]) == 30_000
     found = timing(model_times(measured, *others))
     for size in (sizes[0], sizes[-1]):
-        longer_ns = found.experts_ns(0, size, size) * found.experts_ppm(size) / 1e6
+        longer_ns = found.experts_ns(0, size, size) * found.experts_ppm(size, size) / 1e6
         assert longer_ns == pytest.approx(beside[size], rel=1e-3)
     assert 2_000 < measured.beside_ns(sizes[1]) < 30_000
+
+
+def test_a_batchs_launches_are_looked_up_by_what_is_assigned() -> None:
+    """Their times are of so many assignments; so is how much longer they take beside copies."""
+    known = tuple(
+        ExpertsTime(experts=n, ns=20_000 + 3_000 * n, beside_ns={1: 15_000, 32: 57_000}.get(n))
+        for n in (1, 8, 32)
+    )
+    batch = a_pass(4).model_copy(update={"requests": 4, "experts": known})
+    prefill = a_pass(64).model_copy(update={"requests": 4})
+    found = timing(model_times(batch, prefill), batch=4)
+    for experts, assigned in ((14, 32), (12, 28), (8, 20), (1, 1), (1, 3)):
+        longer_ns = found.experts_ns(0, experts, assigned) * found.experts_ppm(experts, assigned)
+        expected = 15_000 + (assigned - 1) * 42_000 / 31
+        assert longer_ns / 1e6 == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_a_run_had_none_of_is_as_where_it_was_nearest() -> None:
+    some = {"prediction_ns": 20_000, "prefill_next_wave_ns": 90_000}
+    entries = (
+        at_share(0.1875, 50_000),
+        at_share(0.375, 40_000, prediction_ns=60_000, prefill_next_wave_ns=10_000),
+        at_share(0.625, 30_000, **some),
+        at_share(0.875, 20_000),
+    )
+    times = model_times(policies={"lru": entries})
+
+    def at(share: float | None) -> tuple[int | None, int | None]:
+        found = times.policy_at("lru", share)
+        assert found is not None
+        return found.prediction_ns, found.prefill_next_wave_ns
+
+    assert at(0.63) == at(0.875) == at(0.99) == (20_000, 90_000)
+    assert at(0.5) == (40_000, 50_000)
+    assert at(0.1) == at(0.1875) == at(0.3) == (60_000, 10_000)
+    assert at(None) == (20_000, 90_000)
+    assert times.policy_at("lru", 0.75).prefill_prediction_ns is None  # nowhere
 
 
 @settings(deadline=None, max_examples=40)

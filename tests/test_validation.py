@@ -763,6 +763,12 @@ def test_what_a_policy_lacks_is_told_before_anything_is_measured(
     PlanInputs(plan_of(tmp_path), trace)
     with pytest.raises((UserError, PolicyError), match=said):
         PlanInputs(plan_of(tmp_path, changed), trace)
+    # The plan, once mended, may have the same directory.
+    command = ["validate", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out")]
+    told = CliRunner().invoke(cli.app, [*command, "--trace", str(tmp_path / "trace")])
+    assert isinstance(told.exception, UserError | PolicyError)
+    assert said in str(told.exception)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -568,6 +568,11 @@ def measure_link(session: Session) -> LinkTimes:
     one, whole, half = np.median(rounds, axis=0).tolist()
     alone = float(np.median([train(nbytes, 1) for _ in range(_REPEATS)]))
     copies.close()
+    if whole <= half:
+        raise CalibrationError(
+            f"copies of {block} bytes take {whole:.0f} ns each, of half as many {half:.0f}: "
+            "experts too small, or a link too busy, to measure its rate"
+        )
     rate = (block - block // 2) * 1e9 / (whole - half)
     wire = nbytes * 1e9 / rate
     return LinkTimes(

@@ -46,7 +46,7 @@ def validate_command(
 
     Example: moesim validate olmoe-dev --out validation/h200/olmoe-dev --minutes 9
     """
-    from replay.validation.files import alone_in, open_campaign, open_cells
+    from replay.validation.files import alone_in, is_campaign, open_campaign, open_cells
     from replay.validation.plan import load_plan
     from tracer.extra import require_extra
 
@@ -56,27 +56,35 @@ def validate_command(
     if minutes is not None and not minutes > 0:
         raise UserError(f"--minutes {minutes:g}: give a number above 0")
     chosen = load_plan(plan)
+    # What a new plan lacks is told before there is a directory that holds it.
+    begun = report_only or is_campaign(out)
+    inputs = None if begun else _inputs(chosen, trace)
     open_campaign(out, chosen)
     with alone_in(out):
         cells = [] if report_only else open_cells(out, chosen)
         if cells:
             budget_s = None if minutes is None else minutes * 60
-            _measure(out, chosen, cells, trace or chosen.trace, budget_s)
+            _measure(out, chosen, cells, inputs or _inputs(chosen, trace), budget_s)
         report = _report(out, chosen)
     _tell(report, out)
     if any(row["first_difference"] for row in report["points"]):
         raise typer.Exit(DIFFERS)
 
 
-def _measure(out: Path, plan: Any, cells: Any, trace: str, budget_s: float | None) -> None:
-    from configs.files import write_atomically
-    from replay.open import open_model
-    from replay.validation.campaign import Clock, PlanInputs, run_campaign, timelines
-    from replay.validation.files import as_json
+def _inputs(plan: Any, trace: str | None) -> Any:
+    from replay.validation.campaign import PlanInputs
     from tracer.trace import Trace
 
+    return PlanInputs(plan, Trace.open(trace or plan.trace))
+
+
+def _measure(out: Path, plan: Any, cells: Any, inputs: Any, budget_s: float | None) -> None:
+    from configs.files import write_atomically
+    from replay.open import open_model
+    from replay.validation.campaign import Clock, run_campaign, timelines
+    from replay.validation.files import as_json
+
     say = Clock(_say, budget_s)
-    inputs = PlanInputs(plan, Trace.open(trace))
     with closing(open_model(plan.model, plan.geometry, "cuda")) as ready:
         target = run_campaign(out, plan, cells, inputs, ready, say)
     if target is not None:

@@ -35,6 +35,11 @@ def as_json(data: object) -> bytes:
     return (json.dumps(data, indent=1, sort_keys=True) + "\n").encode()
 
 
+def is_campaign(out: Path) -> bool:
+    """Whether a campaign was begun there."""
+    return (out / _PLAN).is_file()
+
+
 def open_campaign(out: Path, plan: ValidationPlan) -> None:
     """Begin in a new or empty directory, or go on in one of the same plan. Raises UserError.
 

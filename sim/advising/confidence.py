@@ -22,12 +22,6 @@ from sim.wording import listed
 
 VALIDATION = Path(__file__).resolve().parents[2] / "validation"
 
-_FIGURES = {
-    "mean": "tpot_ms",
-    "p50": "tpot_p50_ms",
-    "p90": "tpot_p90_ms",
-    "p99": "tpot_p99_ms",
-}
 _DEMAND, _PREFETCH, _CPU = (
     "that copy on demand",
     "that prefetch",
@@ -71,12 +65,20 @@ class Campaign:
     @property
     def batch(self) -> int:
         """Requests that ran together."""
-        return int(self.report["batch"])
+        return int(self.report.get("batch", 1))  # older ones ran one at a time
 
-    @property
-    def policies(self) -> set[str]:
-        """Policies of its points."""
-        return {str(point["policy"]) for point in self.report["points"]}
+    def points(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """Those of policies of a kind; None: all."""
+        points: list[dict[str, Any]] = self.report["points"]
+        return [each for each in points if kind is None or _kind_of(each) == kind]
+
+    def judges(self, policy: str, kind: str | None = None) -> bool:
+        """Whether a point is of the policy, and of that kind."""
+        return any(each["policy"] == policy for each in self.points(kind))
+
+    def errors(self, kind: str) -> list[float]:
+        """Of the mean TPOT of its points of that kind, without sign."""
+        return [abs(each["figures"]["tpot_ms"]["error"]) for each in self.points(kind)]
 
     @property
     def timings(self) -> Path | None:
@@ -101,9 +103,9 @@ def confidence_in(
 ) -> Confidence:
     """What is known of the error of a predicted TPOT.
 
-    Errors are those of the model's own campaigns, or, for a policy that is in none of them, of all
-    ``campaigns`` of the machine; of as many requests at a time. With a CPU's help errors are those
-    of the model's own campaigns alone.
+    Errors are of the mean TPOT, of points of the same kind with as many requests at a time: those
+    of the model's own campaigns, or, for a policy that has no such point in them, of all
+    ``campaigns`` of the machine. With a CPU's help they are of the model's own alone.
     """
     of_model = [each for each in campaigns if each.plan["geometry"] == setting.geometry.name]
     if setting.timing.provenance != "calibrated":
@@ -113,26 +115,20 @@ def confidence_in(
         return Confidence("calibrated", f"{why} (see moesim validate)")
     batch = setting.workload.max_batch
     kind = _CPU if found.on_cpu else _PREFETCH if found.prefetches else _DEMAND
-    figure = _FIGURES[percentile]
-    own = _with_errors(of_model, batch, kind, figure)
+    together = "one request" if batch == 1 else f"{batch} requests"
+    own = _of_kind(of_model, batch, kind)
     if not own:
-        figure = _FIGURES["mean"]
-        own = _with_errors(of_model, batch, kind, figure)
-    if not own:
-        what = f"policies {kind}" if batch == 1 else f"{batch} requests at a time"
-        why = f"measured times; on this model {what} were not validated"
-        return Confidence("calibrated", why, of_model[0].name)
-    is_own = any(found.policy in each.policies for each in own)
-    here = is_own or found.on_cpu
-    used = own if here else _with_errors(campaigns, batch, kind, figure)
-    errors = np.concatenate([_errors(each, kind, figure) for each in used])
+        why = f"measured times; policies {kind} were not validated on this model with {together}"
+        return Confidence("calibrated", f"{why} at a time", of_model[0].name)
+    here = found.on_cpu or any(each.judges(found.policy, kind) for each in own)
+    used = own if here else _of_kind(campaigns, batch, kind)
+    errors = np.concatenate([each.errors(kind) for each in used])
     worst = float(errors.max())
     names = sorted({each.plan["geometry"] for each in used})
     models = "this model" if here else listed(names)
-    together = "one request" if batch == 1 else f"{batch} requests"
     why = f"policies {kind} on {models}, {together} at a time"
-    said = _beyond(found, setting, own)
-    if figure != _FIGURES[percentile]:
+    said = [*_unmeasured(found.policy, kind, own, of_model), *_beyond(found, setting, own)]
+    if percentile != "mean":
         said.append("errors are of the mean")
     return Confidence(
         level="validated",
@@ -159,31 +155,31 @@ def _why_estimated(setting: Setting, campaigns: Sequence[Campaign]) -> str:
     return f"{why}. Times of {dtype} experts were measured: --dtype {dtype} --timings {shown}"
 
 
-def _with_errors(
-    campaigns: Sequence[Campaign], batch: int, kind: str, figure: str
-) -> list[Campaign]:
-    """Those of so many requests at a time that have the figure of policies of that kind."""
-    return [each for each in campaigns if each.batch == batch and _errors(each, kind, figure)]
+def _of_kind(campaigns: Sequence[Campaign], batch: int, kind: str) -> list[Campaign]:
+    """Those of so many requests at a time that have points of that kind."""
+    return [each for each in campaigns if each.batch == batch and each.points(kind)]
 
 
 def _kind_of(point: dict[str, Any]) -> str:
-    if point["on_cpu"]:
+    if point.get("on_cpu", False):
         return _CPU
     return _DEMAND if point["time_independent"] else _PREFETCH
 
 
-def _errors(campaign: Campaign, kind: str, figure: str) -> list[float]:
-    """Of the campaign's points of that kind that have the figure, without sign."""
-    points = [each for each in campaign.report["points"] if _kind_of(each) == kind]
-    known = [each["figures"][figure] for each in points if figure in each["figures"]]
-    return [abs(each["error"]) for each in known]
+def _unmeasured(
+    policy: str, kind: str, own: Sequence[Campaign], of_model: Sequence[Campaign]
+) -> list[str]:
+    """Where the policy has no point of that kind with as many requests at a time."""
+    if any(each.judges(policy, kind) for each in own):
+        return []
+    if any(each.judges(policy) for each in of_model):
+        return [f"{policy} was not measured so on this model"]
+    return [f"{policy} was not measured on this model"]
 
 
 def _beyond(found: Found, setting: Setting, own: Sequence[Campaign]) -> list[str]:
     """What was not among the validated points of the model's ``own`` campaigns."""
     said = []
-    if not any(found.policy in each.policies for each in own):
-        said.append(f"{found.policy} was not measured on this model")
     plans = [each.plan for each in own]
     budgets = [text for plan in plans for text in plan["budgets"]]
     shares = [float(parse_expert_budget(text).value) for text in budgets]

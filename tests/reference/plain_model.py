@@ -295,7 +295,7 @@ class PlainModel:
         more_ns = self.host.launch_each_ns * (len(group) - 1)
         yield self._host_event(self.host.experts_launch_ns + more_ns)
         nominal_ns = self.experts_ns(layer, len(group), assignments)
-        slowdown_ppm = self.timing.experts_ppm(len(group))
+        slowdown_ppm = self.timing.experts_ppm(len(group), assignments)
         self.gpu.submit(nominal_ns, slowdown_ppm, self.result.experts)
 
     def _submit_segment(self, nominal_ns: int) -> Steps:
