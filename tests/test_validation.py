@@ -836,6 +836,8 @@ def test_a_plan_that_judges_what_it_was_calibrated_on_is_refused(
         ("lane-olmoe", 18),
         ("batch-olmoe", 18),
         ("long-olmoe", 4),
+        ("third-olmoe", 24),
+        ("third-batch-olmoe", 9),
     ],
 )
 def test_the_shipped_plans_are_sound(name: str, points: int) -> None:
