@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -368,13 +369,32 @@ def test_a_timeline_has_both_runs_of_a_point_whose_decisions_depend_on_time() ->
         )
     chosen = shown(found)
     assert chosen is not None
-    told: Any = timelines(chosen)
+    workload: Any = SimpleNamespace(steps=lambda: [SimpleNamespace(prefill_tokens=0)])
+    (name,) = timelines(chosen, workload)
+    assert name == "timeline.json"
+    told: Any = timelines(chosen, workload)[name]
     assert told["otherData"]["point"] == "next-gate 25% x1"
     spans = [event for event in told["traceEvents"] if event["ph"] == "X"]
     assert [(event["pid"], event["name"], event["dur"]) for event in spans] == [
         (1, "decide", 1.5),
         (2, "decide", 1.5),
     ]
+
+
+def test_the_last_prefill_has_a_timeline_too() -> None:
+    one = target(Cell(Point(policy="next-gate", hardware="h200-pcie5", expert_budget="25%"), 1.0))
+    begins, ends = [0, 2000, 4000, 6000], [2000, 4000, 6000, 8000]
+    marks = [(0, 0, -1, 0), *((end - 500, 3, 0, 2) for end in ends)]
+    one.simulated, one.timed = (
+        Timeline(name, marks, [], [], begins, ends) for name in ("simulated", "measured")
+    )
+    tokens = (9, 0, 5, 0)
+    workload: Any = SimpleNamespace(
+        steps=lambda: [SimpleNamespace(prefill_tokens=each) for each in tokens]
+    )
+    found: Any = timelines(one, workload)
+    assert found["timeline-prefill.json"]["otherData"]["steps"] == "2 to 2"
+    assert found["timeline.json"]["otherData"]["steps"] == "3 to 3"
 
 
 # ---------------------------------------------------------------------- a campaign

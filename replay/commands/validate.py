@@ -88,7 +88,8 @@ def _measure(out: Path, plan: Any, cells: Any, inputs: Any, budget_s: float | No
     with closing(open_model(plan.model, plan.geometry, "cuda")) as ready:
         target = run_campaign(out, plan, cells, inputs, ready, say)
     if target is not None:
-        write_atomically(out / "timeline.json", as_json(timelines(target)))
+        for name, trace in timelines(target, inputs.judged.workload("last-use")).items():
+            write_atomically(out / name, as_json(trace))
 
 
 def _report(out: Path, plan: Any) -> dict[str, Any]:

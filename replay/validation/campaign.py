@@ -241,11 +241,22 @@ def shown(targets: Sequence[Target]) -> Target | None:
     return min(timed, key=lambda each: each.time_independent, default=None)
 
 
-def timelines(target: Target) -> dict[str, object]:
-    """A few decode steps, simulated and measured, for chrome://tracing or Perfetto."""
-    assert target.timed is not None
+def timelines(target: Target, workload: Workload) -> dict[str, dict[str, object]]:
+    """By file name, for Perfetto: a few decode steps, and the last prefill if there is any.
+
+    Simulated and measured, of ``workload``, which is judged.
+    """
     steps = len(target.simulated.step_begins)
     first = min(_SHOWN_FROM, steps - 1)
     last = min(first + _SHOWN - 1, steps - 1)
+    found = {"timeline.json": _stretch(target, first, last)}
+    prefills = [place for place, step in enumerate(workload.steps()) if step.prefill_tokens]
+    if prefills:
+        found["timeline-prefill.json"] = _stretch(target, prefills[-1], prefills[-1])
+    return found
+
+
+def _stretch(target: Target, first: int, last: int) -> dict[str, object]:
+    assert target.timed is not None
     trace = chrome_trace([target.simulated, target.timed], target.experts, first, last)
     return {**trace, "otherData": {"point": target.cell.label, "steps": f"{first} to {last}"}}
