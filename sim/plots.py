@@ -32,6 +32,7 @@ from sim.ranking import labels_by_speed, pick_of
 from sim.selection import (
     BASELINE,
     RESIDENT,
+    distinct,
     is_estimated,
     link_name,
     middle,
@@ -127,9 +128,10 @@ def _figures(points: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 def _without_link(points: pd.DataFrame) -> pd.Series[Any]:
+    names = distinct(points["link_bytes_per_s"].unique().tolist(), link_name)
     pairs = zip(points["system"], points["link_bytes_per_s"], strict=True)
-    names = [system.replace(f", {link_name(link)}", "") for system, link in pairs]
-    return pd.Series(names, index=points.index)
+    without = [system.replace(f", {names[link]}", "") for system, link in pairs]
+    return pd.Series(without, index=points.index)
 
 
 def _file_name(system: str) -> str:

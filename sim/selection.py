@@ -10,7 +10,7 @@ Every function takes the frame of a sweep: one row a point, nested results flatt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -42,6 +42,7 @@ _SYSTEM = {
     "point.batch": "batch {:.0f}",
     "point.context": "context {:.0f}",
 }
+_SAME_SHARE = 7  # decimals of a share; what differs by less is rounding to whole bytes
 _ALWAYS_NAMED = ("hardware", "link_bytes_per_s")
 _NEEDED = (
     "policy",
@@ -123,8 +124,10 @@ def _kind(row: Any) -> str:
 
 def _budget_names(points: pd.DataFrame, share: pd.Series[Any]) -> list[str]:
     given = points["point.budget"] if "point.budget" in points else [None] * len(points)
-    pairs = zip(given, share.clip(upper=1), strict=True)
-    return [whole if isinstance(whole, str) else share_name(part) for whole, part in pairs]
+    shares = share.clip(upper=1).round(_SAME_SHARE)
+    names = distinct(shares.unique().tolist(), share_name)
+    pairs = zip(given, shares, strict=True)
+    return [whole if isinstance(whole, str) else names[part] for whole, part in pairs]
 
 
 def _system_names(points: pd.DataFrame) -> list[str]:
@@ -134,7 +137,7 @@ def _system_names(points: pd.DataFrame) -> list[str]:
         if column in points
         and (column in _ALWAYS_NAMED or points[column].nunique(dropna=False) > 1)
     ]
-    links = _link_names(points["link_bytes_per_s"])
+    links = distinct(points["link_bytes_per_s"].unique().tolist(), link_name)
     names = []
     for values in points[[column for column, _ in named]].itertuples(index=False):
         parts = zip(named, values, strict=True)
@@ -147,11 +150,10 @@ def _system_names(points: pd.DataFrame) -> list[str]:
     return names
 
 
-def _link_names(rates: pd.Series[Any]) -> dict[Any, str]:
-    """A name a rate: as :func:`link_name`, with as many digits as tell all of them apart."""
-    known = rates.unique().tolist()
-    tried = ({rate: link_name(rate, digits) for rate in known} for digits in range(3, 18))
-    return next(names for names in tried if len(set(names.values())) == len(known))
+def distinct(values: Sequence[Any], name: Callable[[Any, int], str]) -> dict[Any, str]:
+    """A name a value, with as many digits, 3 or more, as tell all of them apart."""
+    tried = ({value: name(value, digits) for value in values} for digits in range(3, 18))
+    return next(names for names in tried if len(set(names.values())) == len(values))
 
 
 def _named(form: str, value: Any) -> str:
@@ -165,9 +167,9 @@ def link_name(link_bytes_per_s: float, digits: int = 3) -> str:
     return f"{link_bytes_per_s / 1e9:.{digits}g} GB/s"
 
 
-def share_name(expert_share: float) -> str:
+def share_name(expert_share: float, digits: int = 3) -> str:
     """A budget's share of the experts for people: ``12.5 %``."""
-    return f"{expert_share * 100:.3g} %"
+    return f"{expert_share * 100:.{digits}g} %"
 
 
 def systems(points: pd.DataFrame) -> list[str]:

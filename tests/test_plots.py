@@ -151,6 +151,10 @@ def test_links_are_panels_and_hardware_figures(tmp_path: Path) -> None:
     paths = draw_pareto(one, tmp_path / "one")
     assert [path.name for path in paths] == ["pareto.png", "pareto.svg"]
     assert "link 12 GB/s" in words(paths[1])
+    near = pd.DataFrame([*rows(link_bytes_per_s=12_010_000_000), *rows(**slow)])
+    paths = draw_pareto(near, tmp_path / "near")
+    assert [path.name for path in paths] == ["pareto.png", "pareto.svg"]
+    assert "12.01 GB/s" in words(paths[1])
     both = pd.DataFrame([*rows(), *rows(**slow), *rows(hardware="gpu-b")])
     names = [path.name for path in draw_pareto(both, tmp_path / "both")]
     assert names == [

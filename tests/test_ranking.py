@@ -257,6 +257,14 @@ def test_links_that_are_nearly_equal_stay_apart() -> None:
     assert points["system"].tolist() == [f"gpu-a, {rate} GB/s" for rate in ("12", "12.01", "12.04")]
 
 
+def test_budgets_that_are_nearly_equal_stay_apart() -> None:
+    """But for what is rounding to whole bytes."""
+    shares = (0.125, 0.3333, 0.33340, 0.5, 0.5 + 1e-9)
+    points = prepare(pd.DataFrame([point("lru", share, 10.0) for share in shares]))
+    named = dict(zip(points["expert_share"].round(4), points["budget"], strict=True))
+    assert named == {0.125: "12.5 %", 0.3333: "33.33 %", 0.3334: "33.34 %", 0.5: "50 %"}
+
+
 def test_systems_are_named_by_what_varies() -> None:
     frame = pd.DataFrame(
         [
