@@ -344,8 +344,7 @@ class ModelTimes(_Strict):
         if known is None:
             return None
         if expert_share is None:
-            middle = known[len(known) // 2]
-            return _filled(middle, known)
+            return _filled(known[len(known) // 2], known)
         shares = [each.expert_share or 0.0 for each in known]
         at = bisect_left(shares, expert_share)
         if at in (0, len(known)) or shares[at] == expert_share:

@@ -25,13 +25,12 @@ import torch
 from configs.files import write_atomically
 from policies.interface import Prediction
 from replay.calibrate.lane import Train
-from replay.calibrate.model import ModelRig, Traffic, spread_routing
+from replay.calibrate.model import ModelRig, Traffic
 from replay.cores import on_quiet_core
 from replay.open import command_line, open_model
 from replay.play import Session
 from replay.predictors import LEARNED, NEXT_GATE
-from replay.slots import SlotPool
-from replay.tiles import TileEvent, TileExperts
+from replay.tiles import TileEvent
 
 SIZES = (8, 64, 512)
 ROUNDS = 9
@@ -43,20 +42,9 @@ Launch = Callable[[], None]
 
 def events(session: Session, tokens: int) -> Iterator[tuple[str, TileEvent, list[int]]]:
     """An event of so many tokens, and its experts; by where its tables lie."""
-    from replay.kernels import gated_experts
-
-    ready = session.ready
-    shape = ModelRig(session, 0).shape
-    pool = SlotPool(ready.layout, shape.experts, session.device)
-    kernels = [gated_experts(module, pool.views) for module in ready.modules]
-    known = [kernel for kernel in kernels if kernel is not None]
-    tiles = TileExperts(known, shape.experts, shape.top_k)
-    hidden = torch.zeros((tokens, tiles.width), dtype=torch.bfloat16, device=session.device)
-    out = hidden.new_empty((tokens * shape.top_k, tiles.width))
-    flat = np.ascontiguousarray(spread_routing(shape, tokens, 0)[:, 0]).reshape(-1)
-    needed = np.unique(flat).tolist()
-    yield "pinned", tiles.event(0, hidden, flat, out), needed
-    yield "device", OnDevice(tiles.event(0, hidden, flat, out)), needed
+    event, needed = ModelRig(session, 0).tile_event(tokens)
+    yield "pinned", event, needed
+    yield "device", OnDevice(event), needed
 
 
 class OnDevice(TileEvent):

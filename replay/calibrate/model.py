@@ -403,6 +403,21 @@ class ModelRig:
 
     def _tiles_alone(self, tokens: int) -> list[ExpertsTime]:
         """Launches over some and over all experts of an event of a prefill, on an idle GPU."""
+        event, needed = self.tile_event(tokens)
+        table = []
+        for experts in sorted({1, max(len(needed) // 4, 1), len(needed)}):
+            group = {expert: slot for slot, expert in enumerate(needed[:experts])}
+
+            def launch(group: dict[int, int] = group) -> None:
+                event.restart()
+                event.launch(group)
+
+            seen = [_until_done(launch) for _ in range(_REPEATS)]
+            table.append(ExpertsTime(experts=experts, ns=self._gpu_ns(seen)))
+        return table
+
+    def tile_event(self, tokens: int) -> tuple[TileEvent, list[int]]:
+        """An event of a prefill, and the experts that it needs; a pool has a slot for each."""
         from replay.kernels import gated_experts
         from replay.tiles import TileExperts
 
@@ -414,19 +429,7 @@ class ModelRig:
         hidden = torch.zeros((tokens, width), dtype=torch.bfloat16, device=session.device)
         out = hidden.new_empty((tokens * shape.top_k, width))
         flat = np.ascontiguousarray(spread_routing(shape, tokens, 0)[:, 0]).reshape(-1)
-        needed = np.unique(flat).tolist()
-        table = []
-        for experts in sorted({1, max(len(needed) // 4, 1), len(needed)}):
-            event = tiles.event(0, hidden, flat, out)
-            group = {expert: slot for slot, expert in enumerate(needed[:experts])}
-
-            def launch(event: TileEvent = event, group: dict[int, int] = group) -> None:
-                event.restart()
-                event.launch(group)
-
-            seen = [_until_done(launch) for _ in range(_REPEATS)]
-            table.append(ExpertsTime(experts=experts, ns=self._gpu_ns(seen)))
-        return table
+        return tiles.event(0, hidden, flat, out), np.unique(flat).tolist()
 
     # ------------------------------------------------------------------ memory
 
@@ -564,8 +567,8 @@ def measure_link(session: Session) -> LinkTimes:
 
     train(block, _TRAIN)
     sizes = nbytes, block, block // 2
-    rounds = [[back_to_back(size) for size in sizes] for _ in range(9)]
-    one, whole, half = np.median(rounds, axis=0).tolist()
+    rounds = [{size: back_to_back(size) for size in dict.fromkeys(sizes)} for _ in range(9)]
+    one, whole, half = (float(np.median([each[size] for each in rounds])) for size in sizes)
     alone = float(np.median([train(nbytes, 1) for _ in range(_REPEATS)]))
     copies.close()
     if whole <= half:

@@ -121,14 +121,12 @@ def _by_share(runs: Sequence[PolicyTimes]) -> tuple[PolicyTimes, ...]:
 
 
 def _mean_times(runs: Sequence[PolicyTimes]) -> PolicyTimes:
-    def mean(name: str) -> int | None:
+    def mean(name: str) -> Any:
         known = [getattr(each, name) for each in runs if getattr(each, name) is not None]
-        return round(float(np.mean(known))) if known else None
+        return _mean_ns(np.array(known))
 
     names = PolicyTimes.model_fields.keys() - {"expert_share"}
-    return PolicyTimes.model_validate(
-        {"expert_share": runs[0].expert_share, **{name: mean(name) for name in names}}
-    )
+    return PolicyTimes(expert_share=runs[0].expert_share, **{name: mean(name) for name in names})
 
 
 def host_times(run: Replayed) -> PolicyTimes:
@@ -137,8 +135,7 @@ def host_times(run: Replayed) -> PolicyTimes:
     Of prefills, where the run has any, the means. On a host of the usual speed
     (:meth:`replay.breakdown.Marks.at_usual_speed`).
     """
-    loop_ns = run.measured.host_loop_ns
-    marks = Marks.of(run.measured).at_usual_speed(loop_ns)
+    marks = Marks.of(run.measured).at_usual_speed(run.measured.host_loop_ns)
     phases = np.array([step.prefill_tokens == 0 for step in run.setting.workload.steps()])
     decode = marks.within(phases)
     decided = decode & (marks.kind == DECIDE)
@@ -158,28 +155,30 @@ def host_times(run: Replayed) -> PolicyTimes:
         step_ns=round(float(marks.duration[steps].sum() / phases.sum())),
         segment_launch_ns=round(float(marks.duration[decode & (marks.kind == SEGMENT)].mean())),
         experts_launch_ns=round(float(marks.duration[decode & (marks.kind == EXPERTS)].mean())),
-        prediction_ns=_mean_ns(predictions_ns(run.measured, phases) * (LOOP_NS / loop_ns)),
-    ).model_copy(update=_prefill_times(run, marks, ~phases))
+        prediction_ns=_prediction_ns(run, phases),
+        **_prefill_times(run, marks, ~phases),
+    )
 
 
-def _prefill_times(
-    run: Replayed, marks: Marks, chosen: npt.NDArray[np.bool_]
-) -> dict[str, int | None]:
+def _prefill_times(run: Replayed, marks: Marks, chosen: npt.NDArray[np.bool_]) -> dict[str, Any]:
     """What the policy's decisions and predictions take in prefills. ``chosen``: bool [steps]."""
     if not chosen.any():
         return {}
     tokens = [step.tokens for step in run.setting.workload.steps() if step.prefill_tokens]
     decided = marks.within(chosen) & (marks.kind == DECIDE)
     first = marks.first_waves()
-    loop_ns = run.measured.host_loop_ns
     return {
         "prefill_tokens": round(float(np.mean(tokens))),
         "prefill_decision_ns": _mean_ns(marks.duration[decided & first]),
         "prefill_next_wave_ns": _mean_ns(marks.duration[decided & ~first]),
-        "prefill_prediction_ns": _mean_ns(
-            predictions_ns(run.measured, chosen) * (LOOP_NS / loop_ns)
-        ),
+        "prefill_prediction_ns": _prediction_ns(run, chosen),
     }
+
+
+def _prediction_ns(run: Replayed, chosen: npt.NDArray[np.bool_]) -> int | None:
+    """Of one within a wait, on a host of the usual speed. ``chosen``: bool [steps]."""
+    slowness = run.measured.host_loop_ns / LOOP_NS
+    return _mean_ns(predictions_ns(run.measured, chosen) / slowness)
 
 
 def _mean_ns(durations: npt.NDArray[Any]) -> int | None:

@@ -191,7 +191,8 @@ def _component_lines(rows: Sequence[Figures], parts: str, whole: str) -> list[st
         "the host's",
         "measured, ms",
         "error, ms",
-        *(f"of {whole}, {which}" for which in ("mean", "worst")),
+        f"of {whole}, mean",
+        f"of {whole}, worst",
     )
     lines = [
         f"Mean over points; errors in percent of the point's {whole}, so that they add up.",
