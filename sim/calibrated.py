@@ -71,6 +71,7 @@ class CalibratedTiming(RooflineTiming):
         self._beside_ns = times.experts_beside_ns
         self.experts_slowdown_ppm = self.experts_ppm(1, 1)
         if times.cpu is not None:
+            self.cpu_is_measured = True
             self.cpu_slowdown_ppm = round(times.cpu.slowdown * _PPM)
             self.link_slowdown_cpu_ppm = round(times.cpu.link_slowdown * _PPM)
 

@@ -64,7 +64,8 @@ class Timing(ABC):
     """Durations of GPU and CPU work, and the machine's constants.
 
     Slowdowns are in millionths: a kernel of nominal length n takes n * (1 + ppm / 10**6) while
-    copies run all along. ``host``: of a decode step.
+    copies run all along. ``host``: of a decode step. ``cpu_is_measured``: of this model's experts,
+    not from the machine's rates.
     """
 
     provenance: str
@@ -75,6 +76,7 @@ class Timing(ABC):
     cpu_slowdown_ppm: int
     link_slowdown_cpu_ppm: int
     predictor_ns: dict[str, int]
+    cpu_is_measured: bool = False
 
     @abstractmethod
     def segment_ns(self, layer: int, tokens: int, requests: int, kv_tokens: int) -> int:

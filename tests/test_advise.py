@@ -20,11 +20,13 @@ import policies
 from configs.errors import UserError
 from configs.geometry import load_geometry
 from configs.hardware import load_hardware
+from configs.timings import load_timings
 from sim import advise, sweep
 from sim.advising import Advice
 from sim.advising.confidence import VALIDATION, confidence_in, find_campaigns
 from sim.advising.elsewhere import cpu_layers, slots_in
 from sim.advising.search import Found, System
+from sim.calibrated import CalibratedTiming
 from sim.compare import BOUND
 from sim.inputs import Inputs
 from sim.point import Setting
@@ -680,6 +682,14 @@ def test_reports_of_older_versions_are_read(calibrated: Setting) -> None:
 def test_a_cpus_help_was_measured_on_one_model(calibrated: Setting) -> None:
     campaigns = find_campaigns("h200-pcie5")
     auto = found_of(policy="auto", on_cpu=True)
+    assert not calibrated.timing.cpu_is_measured
+    of_rates = of_model(calibrated, "olmoe-1b-7b")
+    estimated = confidence_in(auto, of_rates, "mean", campaigns)
+    assert (estimated.level, estimated.high_ms) == ("calibrated", None)
+    assert "but for the CPU's" in estimated.why
+    lane = load_timings(str(VALIDATION / "h200" / "lane-olmoe" / "run-1" / "timings.yaml"))
+    timing = CalibratedTiming(load_geometry("olmoe-1b-7b"), load_hardware("h200-pcie5"), lane)
+    calibrated = replace(calibrated, timing=timing)
     unknown = confidence_in(auto, calibrated, "mean", campaigns)
     assert (unknown.level, unknown.high_ms) == ("calibrated", None)
     assert "policies whose misses the CPU computes in part were not validated" in unknown.why

@@ -113,6 +113,9 @@ def confidence_in(
     if not of_model:
         why = "measured times of this model on this machine; nobody has validated them"
         return Confidence("calibrated", f"{why} (see moesim validate)")
+    if found.on_cpu and not setting.timing.cpu_is_measured:
+        why = "measured times, but for the CPU's, which are from the machine's rates"
+        return Confidence("calibrated", f"{why} (see moesim calibrate --cpu)", of_model[0].name)
     batch = setting.workload.max_batch
     kind = _CPU if found.on_cpu else _PREFETCH if found.prefetches else _DEMAND
     together = "one request" if batch == 1 else f"{batch} requests"
