@@ -13,7 +13,7 @@ of one expert. Each expert's sums do not depend on what else is launched with it
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,14 +24,14 @@ import triton.language as tl
 from replay.gated import form_of
 
 WORDS = ("word_0", "word_1", "word_2", "word_3")
+EXPERT_WORDS = ("expert_0", "expert_1", "expert_2", "expert_3")
 MOST_IN_WORDS = 2 * len(WORDS)
 """Slots that a launch's own arguments can name, 16 bits each."""
 
 TILE_ROWS = (16, 32, 64)
 TILE_COLUMNS, TILE_DEPTH = 64, 64
-TILE_FIELDS = tl.constexpr(4)
-"""Of a tile's description: three numbers, padded so that any run of tiles is aligned to 16 bytes
-(Triton compiles a kernel again for pointers that are not)."""
+ALIGNED = 4
+"""Numbers of 32 bits whose multiples are places that Triton needs no other kernel for."""
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,19 @@ def _times(
 
 
 @triton.jit
+def _in_word(one, word_0, word_1, word_2, word_3):
+    """Number ``one`` of those that :func:`in_words` packed."""
+    later = tl.where(one < 6, word_2, word_3)
+    word = tl.where(one < 2, word_0, tl.where(one < 4, word_1, later))
+    # Shifted up and down again, so that the sign is kept.
+    return (word << (16 - 16 * (one % 2))) >> 16
+
+
+@triton.jit
 def _slot_of(one, slots, word_0, word_1, word_2, word_3, IN_WORDS: tl.constexpr):
     """The slot of an assignment: 16 bits of a launch's arguments, or from memory."""
     if IN_WORDS:
-        later = tl.where(one < 6, word_2, word_3)
-        word = tl.where(one < 2, word_0, tl.where(one < 4, word_1, later))
-        # Shifted up and down again, so that the sign is kept.
-        slot = (word << (16 - 16 * (one % 2))) >> 16
+        slot = _in_word(one, word_0, word_1, word_2, word_3)
     else:
         slot = tl.load(slots + one)
     return slot.to(tl.int64)
@@ -228,11 +234,20 @@ def _down(
     tl.store(out + one * width + row, total.to(out.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=(*WORDS, *EXPERT_WORDS, "experts"))
 def _up_tiles(
     hidden,
-    order,
-    tiles,
+    places,
+    slots,
+    word_0,
+    word_1,
+    word_2,
+    word_3,
+    expert_0,
+    expert_1,
+    expert_2,
+    expert_3,
+    experts,
     weight,
     bias,
     act,
@@ -244,6 +259,7 @@ def _up_tiles(
     column_stride,
     gate_step,
     up_offset,
+    IN_WORDS: tl.constexpr,
     TOP_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     KIND: tl.constexpr,
@@ -251,11 +267,17 @@ def _up_tiles(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    tile = tiles + tl.program_id(1) * TILE_FIELDS
-    slot = tl.load(tile).to(tl.int64)
+    one = tl.program_id(2)
+    slot = _slot_of(one, slots, word_0, word_1, word_2, word_3, IN_WORDS)
+    expert = _in_word(one, expert_0, expert_1, expert_2, expert_3) if IN_WORDS else one
+    done = tl.program_id(1) * BM
+    left = tl.load(places + experts + expert) - done
+    if (slot < 0) | (left <= 0):
+        return
     m = tl.arange(0, BM)
-    there = m < tl.load(tile + 2)
-    which = tl.load(order + tl.load(tile + 1) + m, mask=there, other=0).to(tl.int64)
+    there = m < left
+    order = places + 2 * experts + tl.load(places + expert) + done
+    which = tl.load(order + m, mask=there, other=0).to(tl.int64)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     inside = n < inner
     gate_row = n * gate_step
@@ -277,11 +299,20 @@ def _up_tiles(
     tl.store(target, value, mask=there[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=(*WORDS, *EXPERT_WORDS, "experts"))
 def _down_tiles(
     act,
-    order,
-    tiles,
+    places,
+    slots,
+    word_0,
+    word_1,
+    word_2,
+    word_3,
+    expert_0,
+    expert_1,
+    expert_2,
+    expert_3,
+    experts,
     weight,
     bias,
     out,
@@ -291,16 +322,23 @@ def _down_tiles(
     bias_stride,
     row_stride,
     column_stride,
+    IN_WORDS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    tile = tiles + tl.program_id(1) * TILE_FIELDS
-    slot = tl.load(tile).to(tl.int64)
+    one = tl.program_id(2)
+    slot = _slot_of(one, slots, word_0, word_1, word_2, word_3, IN_WORDS)
+    expert = _in_word(one, expert_0, expert_1, expert_2, expert_3) if IN_WORDS else one
+    done = tl.program_id(1) * BM
+    left = tl.load(places + experts + expert) - done
+    if (slot < 0) | (left <= 0):
+        return
     m = tl.arange(0, BM)
-    there = m < tl.load(tile + 2)
-    which = tl.load(order + tl.load(tile + 1) + m, mask=there, other=0).to(tl.int64)
+    there = m < left
+    order = places + 2 * experts + tl.load(places + expert) + done
+    which = tl.load(order + m, mask=there, other=0).to(tl.int64)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     inside = n < width
     base = weight + slot * slot_stride + n[None, :] * row_stride
@@ -320,9 +358,9 @@ def _down_tiles(
     tl.store(target, total.to(out.dtype.element_ty), mask=there[:, None] & inside[None, :])
 
 
-def in_words(slots: Sequence[int]) -> tuple[int, ...]:
-    """Up to ``MOST_IN_WORDS`` slots as signed words of 32 bits, two a word; missing ones are -1."""
-    padded = [*slots, *[-1] * (MOST_IN_WORDS - len(slots))]
+def in_words(numbers: Sequence[int]) -> tuple[int, ...]:
+    """Up to ``MOST_IN_WORDS`` slots or experts as words of 32 bits, two each; missing ones: -1."""
+    padded = [*numbers, *[-1] * (MOST_IN_WORDS - len(numbers))]
     return struct.unpack("<4i", struct.pack("<8h", *padded))
 
 
@@ -410,35 +448,46 @@ class GatedExperts:
     def launch_tiles(
         self,
         hidden: torch.Tensor,
-        order: torch.Tensor,
-        tiles: torch.Tensor,
+        places: torch.Tensor,
+        experts: int,
+        group: Mapping[int, int] | torch.Tensor,
         act: torch.Tensor,
         out: torch.Tensor,
+        *,
         tile_rows: int,
+        most: int,
     ) -> None:
         """Compute assignments in tiles of at most ``tile_rows`` (16, 32 or 64) of one expert.
 
-        hidden [T, H]; order int32 [T * k]: assignments (token * k + rank) by expert; tiles int32
-        [tiles, 4]: slot, first place in ``order``, how many, 0; act [T * k, I]; out [T * k, H].
-        ``order`` and ``tiles`` may lie in pinned memory.
+        hidden [T, H]; act [T * k, I]; out [T * k, H]. ``places`` int32 [2 * experts + T * k], on
+        the device: of each expert where its assignments begin in what follows, then how many they
+        are, at most ``most``; then the assignments (token * k + rank) by expert. ``experts`` is a
+        multiple of ``ALIGNED``. ``group``: slot by expert, up to ``MOST_IN_WORDS`` of them below
+        2**15; or of every expert, int32 [experts] on the device, -1: not of this group.
         """
-        tile = {"BM": tile_rows, "BN": TILE_COLUMNS, "BK": TILE_DEPTH}
-        _up_tiles[(triton.cdiv(self.inner, TILE_COLUMNS), len(tiles))](
-            hidden=hidden,
-            order=order,
-            tiles=tiles,
-            act=act,
-            TOP_K=len(out) // len(hidden),
-            **self._up_arguments(),
-            **tile,
+        if isinstance(group, torch.Tensor):
+            slots, count = group, experts
+            named = dict.fromkeys((*WORDS, *EXPERT_WORDS), 0)
+        else:
+            slots, count = places, len(group)
+            named = dict(zip(WORDS, in_words(list(group.values())), strict=True))
+            named |= dict(zip(EXPERT_WORDS, in_words(list(group)), strict=True))
+        rows = triton.cdiv(most, tile_rows)
+        common = {
+            "places": places,
+            "slots": slots,
+            **named,
+            "experts": experts,
+            "IN_WORDS": slots is places,
+            "BM": tile_rows,
+            "BN": TILE_COLUMNS,
+            "BK": TILE_DEPTH,
+        }
+        _up_tiles[(triton.cdiv(self.inner, TILE_COLUMNS), rows, count)](
+            hidden=hidden, act=act, TOP_K=len(out) // len(hidden), **common, **self._up_arguments()
         )
-        _down_tiles[(triton.cdiv(self.width, TILE_COLUMNS), len(tiles))](
-            act=act,
-            order=order,
-            tiles=tiles,
-            out=out,
-            **self._down_arguments(),
-            **tile,
+        _down_tiles[(triton.cdiv(self.width, TILE_COLUMNS), rows, count)](
+            act=act, out=out, **common, **self._down_arguments()
         )
 
     def _up_arguments(self) -> dict[str, Any]:
@@ -526,3 +575,19 @@ def scatter_rows(rows: torch.Tensor, places: torch.Tensor, out: torch.Tensor, co
     """
     width, columns = rows.shape[1], 512
     _scatter[(count, triton.cdiv(width, columns))](rows, places, out, width, COLUMNS=columns)
+
+
+@triton.jit(do_not_specialize=("count",))
+def _fetch(source, target, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = at < count
+    tl.store(target + at, tl.load(source + at, mask=there), mask=there)
+
+
+def fetch(source: torch.Tensor, target: torch.Tensor) -> None:
+    """``target[:len(source)] = source``, int32, from pinned memory and by a kernel.
+
+    A copy would queue up behind the experts that are being copied.
+    """
+    block = 1024
+    _fetch[(triton.cdiv(len(source), block),)](source, target, len(source), BLOCK=block)

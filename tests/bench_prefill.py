@@ -2,11 +2,10 @@
 
     python -m tests.bench_prefill --geometry olmoe-1b-7b --out FILE.json
 
-By size of the prefill, with the tables of tiles in pinned memory, as the engine has them, and on
-the device: a launch over one expert and over all, alone and beside copies, and copies back to back,
-alone and beside such launches one after the other. Then the host's time for sixty small kernels in
-a row and for the eager work of a predictor, alone and beside copies. Medians of interleaved rounds,
-us.
+By size of the prefill: a launch over one expert, over eight and over all, alone and beside copies,
+and copies back to back, alone and beside such launches one after the other. Then the host's time
+for sixty small kernels in a row and for the eager work of a predictor, alone and beside copies.
+Medians of interleaved rounds, us.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from policies.interface import Prediction
 from replay.calibrate.lane import Train
 from replay.calibrate.model import ModelRig, Traffic
 from replay.cores import on_quiet_core
+from replay.kernels import MOST_IN_WORDS
 from replay.open import command_line, open_model
 from replay.play import Session
 from replay.predictors import LEARNED, NEXT_GATE
@@ -38,33 +38,6 @@ REPEATS = 20
 KERNELS = 60
 
 Launch = Callable[[], None]
-
-
-def events(session: Session, tokens: int) -> Iterator[tuple[str, TileEvent, list[int]]]:
-    """An event of so many tokens, and its experts; by where its tables lie."""
-    event, needed = ModelRig(session, 0).tile_event(tokens)
-    yield "pinned", event, needed
-    yield "device", OnDevice(event), needed
-
-
-class OnDevice(TileEvent):
-    """The same launches, whose tables were brought to the device before."""
-
-    def __init__(self, event: TileEvent) -> None:
-        vars(self).update(vars(event))
-        self._places = self._order.to("cuda")
-        self._tables: dict[tuple[int, ...], torch.Tensor] = {}
-
-    def launch(self, slots: Any) -> None:
-        """As the event's."""
-        key = tuple(slots)
-        if key not in self._tables:
-            self._used = 0
-            super().launch(slots)
-            self._tables[key] = self._table[: self._used].to("cuda")
-        self._kernel.launch_tiles(
-            self._hidden, self._places, self._tables[key], self._act, self._out, self._rows
-        )
 
 
 def host_ns(work: Launch) -> int:
@@ -134,20 +107,20 @@ def measure(session: Session) -> Iterator[dict[str, Any]]:
     """A row a measurement."""
     beside = Beside(session)
     for tokens in SIZES:
-        for where, event, needed in events(session, tokens):
-            for count in (1, len(needed)):
-                group = {expert: slot for slot, expert in enumerate(needed[:count])}
+        event, needed = ModelRig(session, 0).tile_event(tokens)
+        for count in sorted({1, min(MOST_IN_WORDS, len(needed)), len(needed)}):
+            group = {expert: slot for slot, expert in enumerate(needed[:count])}
 
-                def launch(event: TileEvent = event, group: dict[int, int] = group) -> None:
-                    event.restart()
-                    event.launch(group)
+            def launch(event: TileEvent = event, group: dict[int, int] = group) -> None:
+                event.restart()
+                event.launch(group)
 
-                launch()
-                row = {"what": "tiles", "tables": where, "tokens": tokens, "experts": count}
-                yield {**row, "of": "device", **_told(*beside.of(device_ns, launch))}
-                yield {**row, "of": "host", **_told(*beside.of(host_ns, launch))}
-                alone, slowed = beside.copies(launch)
-                yield {**row, "of": "a copy", "alone_us": alone, "beside_us": slowed}
+            launch()
+            row = {"what": "tiles", "tokens": tokens, "experts": count}
+            yield {**row, "of": "device", **_told(*beside.of(device_ns, launch))}
+            yield {**row, "of": "host", **_told(*beside.of(host_ns, launch))}
+            alone, slowed = beside.copies(launch)
+            yield {**row, "of": "a copy", "alone_us": alone, "beside_us": slowed}
     small = torch.zeros(2048, device=session.device)
 
     def kernels() -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ pytest.importorskip("triton")
 
 from replay.gated import CLAMPED_GLU, SILU  # noqa: E402
 from replay.kernels import Block, GatedExperts, in_words, scatter_rows  # noqa: E402
-from replay.tiles import TILE_ROWS  # noqa: E402
+from replay.tiles import TILE_ROWS, TileExperts  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
@@ -29,6 +30,7 @@ pytestmark = [
 DEVICE = "cpu" if INTERPRETED else "cuda"
 SLOTS, WIDTH, INNER, TOP_K = 6, 72, 40, 3
 SLOT_OF = (3, 1, 5, 0, 2)
+PADDED = 8  # experts of a layer, with none
 PLAIN = [Block(8, 32), Block(4, 64, warps=2), Block(16, 16, warps=8)]
 BLOCKS = [*PLAIN, Block(8, 32, defer=True), Block(8, 32, paired=True)]
 BLOCKS += [Block(32, 16, 8, defer=True, paired=True)]
@@ -96,25 +98,100 @@ def test_decode_blocks_give_the_plain_products(
 
 
 @pytest.mark.parametrize("rows", TILE_ROWS)
-@pytest.mark.parametrize("tokens", [1, 11])
-def test_tiles_give_the_plain_products(experts: GatedExperts, rows: int, tokens: int) -> None:
-    hidden = drawn(tokens, WIDTH)
-    ids = torch.stack([torch.randperm(len(SLOT_OF))[:TOP_K] for _ in range(tokens)]).reshape(-1)
-    order = torch.argsort(ids, stable=True).int()
-    counts = torch.bincount(ids, minlength=len(SLOT_OF)).tolist()
-    tiles, first = [], 0
-    for expert, count in enumerate(counts):
-        tiles += [
-            (SLOT_OF[expert], first + done, min(rows, count - done), 0)
-            for done in range(0, count, rows)
-        ]
-        first += count
+@pytest.mark.parametrize("tokens", [1, 11, 90])
+@pytest.mark.parametrize("words", [False, True], ids=["from memory", "in words"])
+def test_tiles_give_the_plain_products(
+    experts: GatedExperts, rows: int, tokens: int, words: bool
+) -> None:
+    hidden, ids = routed(tokens)
+    counts = torch.bincount(ids, minlength=PADDED)
+    order = torch.argsort(ids, stable=True)
+    places = torch.cat([torch.cumsum(counts, 0) - counts, counts, order]).int().to(DEVICE)
+    slots = torch.tensor([*SLOT_OF, -1, -1, -1], dtype=torch.int32, device=DEVICE)
+    group = dict(enumerate(SLOT_OF)) if words else slots
     act = torch.zeros(len(ids), INNER, device=DEVICE)
     out = torch.zeros(len(ids), WIDTH, device=DEVICE)
-    table = torch.tensor(tiles, dtype=torch.int32, device=DEVICE)
-    experts.launch_tiles(hidden, order.to(DEVICE), table, act, out, rows)
+    most = int(counts.max())
+    experts.launch_tiles(hidden, places, PADDED, group, act, out, tile_rows=rows, most=most)
+    require_products(experts, hidden, ids, out)
+
+
+@pytest.mark.parametrize("tokens", [1, 23])
+def test_an_event_computes_the_groups_that_it_is_given(experts: GatedExperts, tokens: int) -> None:
+    hidden, ids = routed(tokens)
+    tiles = TileExperts([experts], len(SLOT_OF), TOP_K)
+    if not INTERPRETED:
+        tiles.warm_up(hidden[:1])
+    for _ in range(2):  # the second event writes over what the first has read
+        out = torch.full((len(ids), WIDTH), 9.0, device=DEVICE)
+        event = tiles.event(0, hidden, ids.numpy(), out)
+        needed = sorted(set(ids.tolist()))
+        event.launch({expert: SLOT_OF[expert] for expert in needed[:2]})
+        for row, expert in enumerate(ids.tolist()):
+            # Assignments of another group are left as they were.
+            assert (out[row] == 9.0).all() == (expert not in needed[:2])
+        for expert in needed[2:]:
+            event.launch({expert: SLOT_OF[expert]})
+        require_products(experts, hidden, ids, out)
+
+
+def test_groups_too_large_for_a_launchs_arguments_are_brought_to_the_device() -> None:
+    torch.manual_seed(0)
+    count, tokens = 21, 40
+    many = GatedExperts(
+        drawn(count, 2 * INNER, WIDTH), drawn(count, WIDTH, INNER), None, None,
+        width=WIDTH, inner=INNER, transposed=False, interleaved=False, kind=SILU,
+    )  # fmt: skip
+    hidden = drawn(tokens, WIDTH)
+    ids = torch.stack([torch.randperm(count)[:TOP_K] for _ in range(tokens)]).reshape(-1)
+    slot_of = torch.randperm(count).tolist()
+    out = torch.zeros(len(ids), WIDTH, device=DEVICE)
+    event = TileExperts([many], count, TOP_K).event(0, hidden, ids.numpy(), out)
+    for first in (0, 9):
+        event.launch({expert: slot_of[expert] for expert in range(first, min(first + 9, count))})
+    event.launch({expert: slot_of[expert] for expert in range(18, count)})
+    require_products(many, hidden, ids, out, slot_of)
+    event.restart()
+    out.zero_()
+    event.launch(dict(enumerate(slot_of)))
+    require_products(many, hidden, ids, out, slot_of)
+
+
+def test_experts_in_slots_beyond_16_bits_are_computed() -> None:
+    torch.manual_seed(0)
+    slots, slot_of = 2**15 + 3, [2**15 + 2, 7, 2**15]
+    many = GatedExperts(
+        torch.zeros(slots, 4, 8, device=DEVICE), torch.zeros(slots, 8, 2, device=DEVICE),
+        None, None, width=8, inner=2, transposed=False, interleaved=False, kind=SILU,
+    )  # fmt: skip
+    for slot in slot_of:
+        many.gate_up[slot] = drawn(4, 8)
+        many.down[slot] = drawn(8, 2)
+    hidden, ids = drawn(1, 8), torch.arange(3)
+    out = torch.zeros(3, 8, device=DEVICE)
+    event = TileExperts([many], 3, 3).event(0, hidden, ids.numpy(), out)
+    for expert, slot in enumerate(slot_of):
+        event.launch({expert: slot})
+    for row, slot in enumerate(slot_of):
+        wanted = expected(many, hidden[0], slot)
+        torch.testing.assert_close(out[row], wanted, rtol=2e-2, atol=2e-2)
+
+
+def routed(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states, and the expert of every assignment."""
+    ids = torch.stack([torch.randperm(len(SLOT_OF))[:TOP_K] for _ in range(tokens)]).reshape(-1)
+    return drawn(tokens, WIDTH), ids
+
+
+def require_products(
+    experts: GatedExperts,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    out: torch.Tensor,
+    slot_of: Sequence[int] = SLOT_OF,
+) -> None:
     for row, expert in enumerate(ids.tolist()):
-        wanted = expected(experts, hidden[row // TOP_K], SLOT_OF[expert])
+        wanted = expected(experts, hidden[row // TOP_K], slot_of[expert])
         # On a GPU products of float32 in tiles are of TF32's precision.
         torch.testing.assert_close(out[row], wanted, rtol=2e-2, atol=2e-2)
 
