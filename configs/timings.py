@@ -140,7 +140,8 @@ class PolicyTimes(_Strict):
     long waits and much work in between the same call takes longer. ``prediction_ns``: when a
     finished prediction takes effect within a wait. ``prefill_...``: in prefills of
     ``prefill_tokens`` tokens in the mean: of a first wave's decision with all that it awaits, of a
-    later one's, and of a prediction. None: it was not measured, or there was none.
+    later one's, of a prediction, a step, a segment's launch, a launch of one expert, and a copy's
+    issue. None: it was not measured, or there was none.
     ``expert_share``: of all experts' bytes, what the slots of the measured run were allowed; None:
     it was not told.
     """
@@ -157,6 +158,10 @@ class PolicyTimes(_Strict):
     prefill_decision_ns: Ns | None = None
     prefill_next_wave_ns: Ns | None = None
     prefill_prediction_ns: Ns | None = None
+    prefill_step_ns: Ns | None = None
+    prefill_segment_launch_ns: Ns | None = None
+    prefill_experts_launch_ns: Ns | None = None
+    prefill_copy_issue_ns: Ns | None = None
 
     @model_validator(mode="after")
     def _check_prefill(self) -> Self:
@@ -183,7 +188,13 @@ def _between(low: PolicyTimes, high: PolicyTimes, expert_share: float) -> Policy
     return PolicyTimes(expert_share=expert_share, **{name: mean(name) for name in names})
 
 
-_RARE = ("prediction_ns", "prefill_next_wave_ns", "prefill_prediction_ns")
+_RARE = (
+    "prediction_ns",
+    "prefill_next_wave_ns",
+    "prefill_prediction_ns",
+    "prefill_experts_launch_ns",
+    "prefill_copy_issue_ns",
+)
 
 
 def _filled(found: PolicyTimes, nearest: Sequence[PolicyTimes]) -> PolicyTimes:

@@ -18,36 +18,57 @@ ALL = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") els
 _LEAST_CORES = 4
 _ROUNDS = 3
 _LOOPS = 6
+_SLOWER = 1.2  # than when it was chosen: another core is looked for
 _TURNS = 1500  # of a loop: some 50 us
 LOOP_NS = 50_000
 """What :func:`loop_ns` takes on the host that host times are brought to."""
 
 
+class QuietCore:
+    """The core that this thread is on, and how fast it was when it was chosen."""
+
+    def __init__(self) -> None:
+        self._round_ns = 0.0
+        self._choose()
+
+    def keep(self) -> None:
+        """Move again where this core has become slow: some 0.5 ms, 50 more for a move."""
+        if _round_ns() > _SLOWER * self._round_ns:
+            self._choose()
+
+    def _choose(self) -> None:
+        core, self._round_ns = quietest()
+        os.sched_setaffinity(0, {core})
+
+
 @contextmanager
-def on_quiet_core() -> Iterator[None]:
-    """Inside, this thread stays on the core that is fastest now; nothing on machines of few cores.
+def on_quiet_core() -> Iterator[QuietCore | None]:
+    """Inside, this thread stays on the core that is fastest now; None on machines of few cores.
 
     Threads and processes that it starts meanwhile stay there too.
     """
     if len(ALL) < _LEAST_CORES:
-        yield
+        yield None
         return
     kept = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {quietest()})
     try:
-        yield
+        yield QuietCore()
     finally:
         os.sched_setaffinity(0, kept)
 
 
-def quietest() -> int:
-    """The core of :data:`ALL` whose slowest round is the fastest; leaves this thread on one."""
+def quietest() -> tuple[int, int]:
+    """The core of :data:`ALL` whose slowest round is the fastest, and that round, ns.
+
+    Leaves this thread on one of them.
+    """
     slowest = dict.fromkeys(sorted(ALL), 0)
     for _ in range(_ROUNDS):
         for core in slowest:
             os.sched_setaffinity(0, {core})
             slowest[core] = max(slowest[core], _round_ns())
-    return min(slowest, key=lambda core: slowest[core])
+    core = min(slowest, key=lambda core: slowest[core])
+    return core, slowest[core]
 
 
 def _round_ns() -> int:

@@ -156,7 +156,7 @@ class KernelLaunch:
     def __init__(
         self,
         function: int,
-        grid: tuple[int, int],
+        grid: Sequence[int],
         threads: int,
         shared_bytes: int,
         stream: int,
@@ -164,9 +164,16 @@ class KernelLaunch:
     ) -> None:
         self._launch = _library().cuLaunchKernelEx
         self._function = function
-        self._config = _LaunchConfig((*grid, 1), (threads, 1, 1), shared_bytes, stream, None, 0)
+        self._config = _LaunchConfig((1, 1, 1), (threads, 1, 1), shared_bytes, stream, None, 0)
+        self._grid = self._config.grid
+        self.resize(grid)
         self._arguments = (ctypes.c_void_p * len(arguments))(*arguments)
         self._where = ctypes.addressof(self._config), ctypes.addressof(self._arguments)
+
+    def resize(self, grid: Sequence[int]) -> None:
+        """Launch so many programs from now on, by up to three dimensions."""
+        for dimension, programs in enumerate(grid):
+            self._grid[dimension] = programs
 
     def __call__(self) -> None:
         """Launch, in order with the stream's other work."""

@@ -38,7 +38,8 @@ class EagerEngine:
     """One model, its experts in ``store``, decided by ``core``.
 
     Use as a context manager around forward passes; :meth:`begin_step` and :meth:`end_step` go
-    around each. ``forced``: expert ids by layer to execute instead of the model's own, [rows, k].
+    around each. ``most_tokens``: of a pass, for which memory is taken beforehand; more tokens
+    may come. ``forced``: expert ids by layer to execute instead of the model's own, [rows, k].
     ``check``: slots hold NaNs until their expert is there, and computing from one too early raises
     SlotRaceError; for tests, it slows the copies down.
     """
@@ -53,6 +54,7 @@ class EagerEngine:
         window: int = 2,
         link_scale: float = 1.0,
         touch_order: str = "last-use",
+        most_tokens: int = 0,
         check: bool = False,
     ) -> None:
         self._model = model
@@ -70,8 +72,10 @@ class EagerEngine:
         self._kept: torch.Tensor | None = None
         #: told the gate inputs of the pass in progress
         self.predictors: Predictors | None = None
-        self._ids: torch.Tensor | None = None
-        self._tiles = self._tile_experts() if self.pool.memory.is_cuda else None
+        on_gpu = self.pool.memory.is_cuda
+        ids = (most_tokens, core.shape.top_k)
+        self._ids = torch.empty(ids, dtype=torch.int32, pin_memory=on_gpu)
+        self._tiles = self._tile_experts(most_tokens) if on_gpu else None
         self._warm(store)
 
     def __enter__(self) -> EagerEngine:
@@ -89,21 +93,18 @@ class EagerEngine:
         if self.predictors is not None:
             self.predictors.hidden = None
 
-    def _tile_experts(self) -> TileExperts | None:
+    def _tile_experts(self, tokens: int) -> TileExperts | None:
         """None: no kernel of ours knows this kind of experts."""
         # Triton is there where CUDA is.
         from replay.kernels import gated_experts
-        from replay.tiles import TileExperts
+        from replay.tiles import TileExperts, common_kernel
 
-        kernels = [gated_experts(module, self.pool.views) for module in self._modules]
-        if any(kernel is None for kernel in kernels):
+        views = self.pool.views
+        kernel = common_kernel([gated_experts(module, views) for module in self._modules])
+        if kernel is None:
             return None
         shape = self._core.shape
-        known = [kernel for kernel in kernels if kernel is not None]
-        tiles = TileExperts(known, shape.experts, shape.top_k)
-        views = self.pool.views["down_proj"]
-        tiles.warm_up(torch.zeros((1, known[0].width), dtype=views.dtype, device=views.device))
-        return tiles
+        return TileExperts(kernel, shape.experts, shape.top_k, tokens)
 
     def keep(self, places: npt.NDArray[np.int64] | None) -> None:
         """Of the next passes' tokens, run these alone through the experts; the others get zeros.
@@ -167,7 +168,7 @@ class EagerEngine:
         """Where ``ids`` will be on the host, once the device has run everything."""
         if not ids.is_cuda:
             return ids.numpy()
-        if self._ids is None or self._ids.shape[1] != ids.shape[1] or len(self._ids) < len(ids):
+        if len(self._ids) < len(ids):
             self._ids = torch.empty(ids.shape, dtype=torch.int32, pin_memory=True)
         host = self._ids[: len(ids)]
         host.copy_(ids, non_blocking=True)
@@ -185,7 +186,7 @@ class EagerEngine:
         base = layer * self._core.shape.experts
         slot_of = self._core.memory.slot_of
         if self._tiles is not None:
-            event = self._tiles.event(layer, hidden, flat, out)
+            event = self._tiles.event(hidden, flat, out)
             return lambda keys: event.launch({key - base: slot_of[key] for key in keys})
 
         def launch(keys: Sequence[int]) -> None:

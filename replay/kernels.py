@@ -368,7 +368,7 @@ class Launched(NamedTuple):
     """A launch that was made: Triton's compiled kernel, the grid and the arguments by name."""
 
     kernel: Any
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     arguments: dict[str, Any]
 
 
@@ -456,14 +456,15 @@ class GatedExperts:
         *,
         tile_rows: int,
         most: int,
-    ) -> None:
-        """Compute assignments in tiles of at most ``tile_rows`` (16, 32 or 64) of one expert.
+    ) -> tuple[Launched, Launched]:
+        """Compute assignments in tiles of one expert each; returns both launches.
 
         hidden [T, H]; act [T * k, I]; out [T * k, H]. ``places`` int32 [2 * experts + T * k], on
         the device: of each expert where its assignments begin in what follows, then how many they
         are, at most ``most``; then the assignments (token * k + rank) by expert. ``experts`` is a
         multiple of ``ALIGNED``. ``group``: slot by expert, up to ``MOST_IN_WORDS`` of them below
-        2**15; or of every expert, int32 [experts] on the device, -1: not of this group.
+        2**15; or of every expert, int32 [experts] on the device, -1: not of this group. A tile has
+        at most ``tile_rows`` assignments: one of ``TILE_ROWS``.
         """
         if isinstance(group, torch.Tensor):
             slots, count = group, experts
@@ -483,12 +484,24 @@ class GatedExperts:
             "BN": TILE_COLUMNS,
             "BK": TILE_DEPTH,
         }
-        _up_tiles[(triton.cdiv(self.inner, TILE_COLUMNS), rows, count)](
-            hidden=hidden, act=act, TOP_K=len(out) // len(hidden), **common, **self._up_arguments()
+        up = {"hidden": hidden, "act": act, **common, **self._up_arguments()}
+        up["TOP_K"] = len(out) // len(hidden)
+        down = {"act": act, "out": out, **common, **self._down_arguments()}
+        grids = [(columns, rows, count) for columns in self.tile_columns]
+        return (
+            Launched(_up_tiles[grids[0]](**up), grids[0], up),
+            Launched(_down_tiles[grids[1]](**down), grids[1], down),
         )
-        _down_tiles[(triton.cdiv(self.width, TILE_COLUMNS), rows, count)](
-            act=act, out=out, **common, **self._down_arguments()
-        )
+
+    @property
+    def form(self) -> tuple[int, int, bool, bool, int]:
+        """All but the tensors."""
+        return self.width, self.inner, self.transposed, self.interleaved, self.kind
+
+    @property
+    def tile_columns(self) -> tuple[int, int]:
+        """Tiles of either product side by side: the first dimension of the grids."""
+        return triton.cdiv(self.inner, TILE_COLUMNS), triton.cdiv(self.width, TILE_COLUMNS)
 
     def _up_arguments(self) -> dict[str, Any]:
         return {
@@ -584,10 +597,15 @@ def _fetch(source, target, count, BLOCK: tl.constexpr):
     tl.store(target + at, tl.load(source + at, mask=there), mask=there)
 
 
-def fetch(source: torch.Tensor, target: torch.Tensor) -> None:
+FETCHED = 1024
+"""Numbers that a program of :func:`fetch` brings."""
+
+
+def fetch(source: torch.Tensor, target: torch.Tensor) -> Launched:
     """``target[:len(source)] = source``, int32, from pinned memory and by a kernel.
 
     A copy would queue up behind the experts that are being copied.
     """
-    block = 1024
-    _fetch[(triton.cdiv(len(source), block),)](source, target, len(source), BLOCK=block)
+    arguments = {"source": source, "target": target, "count": len(source), "BLOCK": FETCHED}
+    grid = (triton.cdiv(len(source), FETCHED),)
+    return Launched(_fetch[grid](**arguments), grid, arguments)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -26,6 +26,8 @@ _SLOTS_A_WORD = 4
 """Slot numbers are of 16 bits: each word that is written costs the GPU some 2 us."""
 _MOST_SLOTS = 2**15
 _WARP = 32
+_ALIGNMENT = 16
+"""Bytes: Triton compiles a kernel again for pointers that are no multiples of it."""
 
 
 class GroupLaunches(Protocol):
@@ -62,6 +64,62 @@ def _activations(step: CapturedStep, kernels: Sequence[GatedExperts]) -> torch.T
     return torch.empty((len(edge.out), inner), dtype=edge.hidden.dtype, device=edge.hidden.device)
 
 
+def word_places(words: ctypes.Array[ctypes.c_char]) -> list[int]:
+    """Addresses of the words of 32 bits in a buffer."""
+    return [ctypes.addressof(words) + at for at in range(0, len(words), 4)]
+
+
+class BoundKernel:
+    """A launch that was made through Triton, to be made again through the driver.
+
+    ``places``: addresses of arguments whose values others write, by name, 32 bits each; the other
+    arguments are as they were, until :meth:`point`. ``launch``: makes it, with the arguments as
+    they are then.
+    """
+
+    def __init__(self, launched: Launched, stream: int, places: Mapping[str, int]) -> None:
+        kernel, grid, arguments = launched
+        about = kernel.metadata
+        if about.global_scratch_size or about.profile_scratch_size or about.num_ctas != 1:
+            raise RuntimeError(f"{kernel.name}: this launch has no scratch memory and no clusters")
+        self._held: dict[str, Any] = {}
+        addresses = []
+        for name, kind in kernel.src.signature.items():
+            if kind == "constexpr":
+                continue
+            if name not in places:
+                addresses.append(self._hold(name, kind, arguments[name]))
+            elif kind == "i32":
+                addresses.append(places[name])
+            else:
+                raise RuntimeError(f"{kernel.name}: argument {name} was compiled as {kind}")
+        # What Triton appends: scratch memory and a profiler's.
+        addresses += [self._hold(name, "i64", 0) for name in ("scratch", "profile")]
+        self._kernel = kernel  # unloaded without
+        threads = _WARP * about.num_warps
+        self.launch = KernelLaunch(kernel.function, grid, threads, about.shared, stream, addresses)
+
+    def point(self, name: str, tensor: torch.Tensor) -> None:
+        """Give a tensor in place of one from now on; it is to be kept until the device is done.
+
+        Raises ValueError where it does not begin at a multiple of 16 bytes, as those did that the
+        kernel was compiled for.
+        """
+        address = tensor.data_ptr()
+        if address % _ALIGNMENT:
+            raise ValueError(f"{name} begins at {address}, no multiple of {_ALIGNMENT} bytes")
+        self._held[name].value = address
+
+    def _hold(self, name: str, kind: str, value: Any) -> int:
+        """An argument of a type of Triton's, kept; returns where it lies."""
+        if kind.startswith("*"):
+            held: Any = ctypes.c_uint64(value.data_ptr())
+        else:
+            held = {"i32": ctypes.c_int32, "i64": ctypes.c_int64}[kind](value)
+        self._held[name] = held
+        return ctypes.addressof(held)
+
+
 class NamedSlots:
     """Slot numbers are arguments of both kernels, which are launched through the driver.
 
@@ -73,6 +131,7 @@ class NamedSlots:
         count = len(step.boundaries[0].out)
         self._words = ctypes.create_string_buffer(4 * len(WORDS))
         struct.pack_into("<4i", self._words, 0, *in_words(()))
+        self._words_at = dict(zip(WORDS, word_places(self._words), strict=True))
         self._write = struct.Struct(f"<{count}h").pack_into
         self._stream = torch.cuda.current_stream().cuda_stream
         self._act = _activations(step, kernels)
@@ -82,8 +141,10 @@ class NamedSlots:
         for layer, kernel in enumerate(kernels):
             edge = step.boundaries[layer]
             nothing = in_words(())
-            up, down = kernel.launch(edge.hidden, unread, self._act, edge.out, nothing)
-            self._launches.append((self._bound(up), self._bound(down)))
+            pair = kernel.launch(edge.hidden, unread, self._act, edge.out, nothing)
+            up, down = (BoundKernel(each, self._stream, self._words_at) for each in pair)
+            self._launches.append((up.launch, down.launch))
+            self._kept += [up, down]
         torch.cuda.synchronize()
 
     def launch(self, layer: int, group: int, slots: Sequence[int]) -> None:
@@ -92,40 +153,6 @@ class NamedSlots:
         up, down = self._launches[layer]
         up()
         down()
-
-    def _bound(self, launched: Launched) -> KernelLaunch:
-        """The same launch again, its slots those of the words."""
-        kernel, grid, arguments = launched
-        about = kernel.metadata
-        if about.global_scratch_size or about.profile_scratch_size or about.num_ctas != 1:
-            raise RuntimeError(f"{kernel.name}: this launch has no scratch memory and no clusters")
-        words = {
-            name: ctypes.addressof(self._words) + 4 * index for index, name in enumerate(WORDS)
-        }
-        places = []
-        for name, kind in kernel.src.signature.items():
-            if kind == "constexpr":
-                continue
-            if name not in words:
-                places.append(self._keep(kind, arguments[name]))
-            elif kind == "i32":
-                places.append(words[name])
-            else:
-                raise RuntimeError(f"{kernel.name}: argument {name} was compiled as {kind}")
-        # What Triton appends: scratch memory and a profiler's.
-        places += [self._keep("i64", 0), self._keep("i64", 0)]
-        self._kept.append(kernel)
-        threads = _WARP * about.num_warps
-        return KernelLaunch(kernel.function, grid, threads, about.shared, self._stream, places)
-
-    def _keep(self, kind: str, value: Any) -> int:
-        """An argument of a type of Triton's, kept; returns where it lies."""
-        if kind.startswith("*"):
-            held: Any = ctypes.c_uint64(value.data_ptr())
-        else:
-            held = {"i32": ctypes.c_int32, "i64": ctypes.c_int64}[kind](value)
-        self._kept.append(held)
-        return ctypes.addressof(held)
 
 
 class WrittenSlots:

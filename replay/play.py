@@ -18,7 +18,7 @@ from transformers import StaticCache
 from configs.errors import UserError
 from policies.core import DecisionCore
 from replay.batches import BatchInputs, Fed, columns_of, most_filled, seats_of
-from replay.cores import loop_ns, on_quiet_core
+from replay.cores import QuietCore, loop_ns, on_quiet_core
 from replay.eager import EagerEngine
 from replay.memory import enough_memory
 from replay.model import ReplayModel
@@ -69,11 +69,12 @@ class ForcedStep:
 class Measured:
     """Wall times of the steps, ns, what the host did, and the chunks that the link carried.
 
-    ``loops_ns``: what a fixed loop of Python took around the run and, if it was to be sampled,
-    after every step. ``marks`` and ``predictions``: as :class:`replay.ledger.Ledger` has them. Of
-    ``times``, segments and experts are not told apart. ``tokens``: the model's greedy choice after
-    every step, whatever text was forced on it, one for each request of the step. ``logits``:
-    likewise, [vocabulary], float32 on the host, if they were to be kept. ``routing``: the executed
+    ``loops_ns``: what a fixed loop of Python took around the run, on a GPU between requests and, if
+    it was to be sampled, after every step. ``marks`` and ``predictions``: as
+    :class:`replay.ledger.Ledger` has them. Of ``times``, segments and experts are not told apart.
+    ``tokens``: the model's greedy choice after every step, whatever text was forced on it, one for
+    each request of the step. ``logits``: likewise, [vocabulary], float32 on the host, if they were
+    to be kept. ``routing``: the executed
     ids [rows, k] of every event, if they were to be kept.
     """
 
@@ -267,6 +268,7 @@ class Replay:
             core,
             window=window,
             link_scale=link_scale,
+            most_tokens=session.rows * session.kv_capacity,
             check=check,
         )
         if core.uses_cpu:
@@ -296,9 +298,13 @@ class Replay:
         driver = self.eager.driver
         copies = self.eager.copies
         driver.routing = measured.routing if keep_routing else None
-        with self._alone(), _no_collection(), _drained(copies):
+        with self._alone() as core, _no_collection(), _drained(copies):
             measured.loops_ns += [loop_ns() for _ in range(_HOST_SAMPLES)]
-            for step in steps:
+            for number, step in enumerate(steps):
+                if core is not None and step.begins and number:
+                    core.keep()
+                    measured.loops_ns += [loop_ns() for _ in range(_HOST_SAMPLES)]
+                    driver.ledger.mark(APART, -1)
                 began = driver.ledger.mark(STEP, -1)
                 before = driver.stall_late_ns, driver.stall_miss_ns, driver.stall_cpu_ns
                 if step.begins:
@@ -335,7 +341,7 @@ class Replay:
                 f"{self._session.kv_capacity}: make one that fits (Session.for_workloads)"
             )
 
-    def _alone(self) -> AbstractContextManager[None]:
+    def _alone(self) -> AbstractContextManager[QuietCore | None]:
         """A core for the host thread; where the device is the CPU itself, it has all."""
         return nullcontext() if self._graphs is None else on_quiet_core()
 

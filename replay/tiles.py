@@ -2,30 +2,55 @@
 
 What tells a launch its assignments is brought to the device once an event, and the slots of a small
 group travel in the launch's own arguments: kernels that read them from pinned memory would hold up
-the copies on the link (docs/decisions.md has the times).
+the copies on the link. Launches go through the driver, as those of decode steps do: through Triton
+each takes ten times as long (docs/decisions.md has the times of both).
 """
 
 from __future__ import annotations
 
+import ctypes
+import struct
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from replay.kernels import ALIGNED, MOST_IN_WORDS, TILE_ROWS, GatedExperts, fetch
+from replay.kernels import (
+    ALIGNED,
+    EXPERT_WORDS,
+    FETCHED,
+    MOST_IN_WORDS,
+    TILE_ROWS,
+    WORDS,
+    GatedExperts,
+    fetch,
+)
+from replay.launches import BoundKernel, word_places
 
 _MOST_SLOTS = 2**15
+_NO_NUMBERS = (-1,) * MOST_IN_WORDS
+
+Ints = npt.NDArray[np.int32]
+Group = Mapping[int, int] | torch.Tensor
+"""As :meth:`replay.kernels.GatedExperts.launch_tiles` has it."""
 
 
 class Fetched:
     """Numbers in pinned memory, piece after piece, and the same on the device."""
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self._host = torch.empty(size, dtype=torch.int32, pin_memory=device.type == "cuda")
+        size = max(size, 1)
+        self._host = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._numbers = self._host.numpy()
-        self._device = torch.empty(size, dtype=torch.int32, device=device)
+        self._device = torch.zeros(size, dtype=torch.int32, device=device)
         self._used = 0
+        self._bound: BoundKernel | None = None
+        if device.type == "cuda":
+            self._count = ctypes.c_int32(0)
+            launched = fetch(self._host[:1], self._device)
+            places = {"count": ctypes.addressof(self._count)}
+            self._bound = BoundKernel(launched, torch.cuda.current_stream().cuda_stream, places)
 
     def __len__(self) -> int:
         return len(self._host)
@@ -34,18 +59,92 @@ class Fetched:
         """Write over all but the first ``used`` numbers; the device has run what reads them."""
         self._used = used
 
-    def take(self, size: int) -> tuple[npt.NDArray[np.int32], slice]:
+    def take(self, size: int) -> tuple[Ints, slice]:
         """A piece to be written, and where it is."""
         where = slice(self._used, self._used + size)
-        # So that every piece begins at a multiple of 16 bytes.
+        if where.stop > len(self._host):
+            raise ValueError(f"{where.stop} numbers were taken, there are {len(self._host)}")
         self._used += -(-size // ALIGNED) * ALIGNED
         return self._numbers[where], where
 
     def bring(self, where: slice) -> torch.Tensor:
         """A piece that was written, on the device, in order with what is launched after this."""
-        target = self._device[where]
-        fetch(self._host[where], target)
+        source, target = self._host[where], self._device[where]
+        if self._bound is None:
+            fetch(source, target)
+            return target
+        self._bound.point("source", source)
+        self._bound.point("target", target)
+        self._count.value = len(source)
+        self._bound.launch.resize((-(-len(source) // FETCHED),))
+        self._bound.launch()
         return target
+
+
+class TileLaunches:
+    """Both products of a launch over tiles, through the driver.
+
+    ``like`` [1, H] has the hidden states' type and width; ``experts``: of a layer, a multiple of
+    ``ALIGNED``. A first launch of each kind through Triton compiles it.
+    """
+
+    def __init__(self, kernel: GatedExperts, experts: int, top_k: int, like: torch.Tensor) -> None:
+        self._columns = kernel.tile_columns
+        self._words = ctypes.create_string_buffer(4 * (len(WORDS) + len(EXPERT_WORDS)))
+        self._write = struct.Struct(f"<{2 * MOST_IN_WORDS}h").pack_into
+        self._write(self._words, 0, *_NO_NUMBERS, *_NO_NUMBERS)
+        names = (*WORDS, *EXPERT_WORDS)
+        places_at = dict(zip(names, word_places(self._words), strict=True))
+        stream = torch.cuda.current_stream().cuda_stream
+        out = like.repeat_interleave(top_k, 0)
+        act = torch.empty((len(out), kernel.inner), dtype=like.dtype, device=like.device)
+        # No expert has anything to do: these launches compute nothing.
+        nothing = torch.zeros(3 * experts + ALIGNED, dtype=torch.int32, device=like.device)
+        self._bound: dict[tuple[int, bool], tuple[BoundKernel, BoundKernel]] = {}
+        for rows in TILE_ROWS:
+            for group in ({0: 0}, nothing[2 * experts : 3 * experts]):
+                up, down = kernel.launch_tiles(
+                    like, nothing, experts, group, act, out, tile_rows=rows, most=1
+                )
+                self._bound[rows, isinstance(group, dict)] = (
+                    BoundKernel(up, stream, places_at),
+                    BoundKernel(down, stream, places_at),
+                )
+        torch.cuda.synchronize()
+
+    def launch_tiles(
+        self,
+        hidden: torch.Tensor,
+        places: torch.Tensor,
+        experts: int,
+        group: Group,
+        act: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        tile_rows: int,
+        most: int,
+    ) -> None:
+        """As :meth:`replay.kernels.GatedExperts.launch_tiles`; ``experts`` as it was told before.
+
+        The tensors are to be kept until the device has run it.
+        """
+        in_words = not isinstance(group, torch.Tensor)
+        up, down = self._bound[tile_rows, in_words]
+        if isinstance(group, torch.Tensor):
+            slots, count = group, experts
+        else:
+            slots, count = places, len(group)
+            missing = _NO_NUMBERS[count:]
+            self._write(self._words, 0, *group.values(), *missing, *group, *missing)
+        up.point("hidden", hidden)
+        down.point("out", out)
+        rows = -(-most // tile_rows)
+        for bound, columns in zip((up, down), self._columns, strict=True):
+            bound.point("places", places)
+            bound.point("slots", slots)
+            bound.point("act", act)
+            bound.launch.resize((columns, rows, count))
+            bound.launch()
 
 
 class TileEvent:
@@ -53,12 +152,13 @@ class TileEvent:
 
     ``flat``: expert of every assignment, int [T * k]; ``experts``: how many a layer has, rounded up
     to a multiple of ``ALIGNED``; ``fetched``: of at least :meth:`numbers` numbers, which nothing
-    else may use until the device has run the event.
+    else may use until the device has run the event. ``kernel`` launches.
     """
 
     def __init__(
         self,
-        kernel: GatedExperts,
+        kernel: TileLaunches | GatedExperts,
+        act: torch.Tensor,
         hidden: torch.Tensor,
         flat: npt.NDArray[np.int64],
         out: torch.Tensor,
@@ -67,6 +167,7 @@ class TileEvent:
     ) -> None:
         self._kernel = kernel
         self._hidden = hidden
+        self._act = act
         self._out = out
         self._experts = experts
         counts = np.bincount(flat, minlength=experts)
@@ -81,7 +182,6 @@ class TileEvent:
         # By the event, not by the group: sums must not depend on what has landed.
         most = int(counts.max())
         self._rows = next((rows for rows in TILE_ROWS if rows >= most), TILE_ROWS[-1])
-        self._act = torch.empty((len(flat), kernel.inner), dtype=hidden.dtype, device=hidden.device)
 
     @staticmethod
     def numbers(experts: int, assignments: int, slots: int) -> int:
@@ -95,7 +195,7 @@ class TileEvent:
 
     def launch(self, slots: Mapping[int, int]) -> None:
         """Compute experts, each in its slot."""
-        group: Mapping[int, int] | torch.Tensor = slots
+        group: Group = slots
         if len(slots) > MOST_IN_WORDS or max(slots.values()) >= _MOST_SLOTS:
             group = self._brought(slots)
         self._kernel.launch_tiles(
@@ -106,7 +206,7 @@ class TileEvent:
             self._act,
             self._out,
             tile_rows=self._rows,
-            most=max(self._counts[expert] for expert in slots),
+            most=max([self._counts[expert] for expert in slots]),
         )
 
     def _brought(self, slots: Mapping[int, int]) -> torch.Tensor:
@@ -117,42 +217,49 @@ class TileEvent:
 
 
 class TileExperts:
-    """Kernels of all layers, and the memory that their launches read from."""
+    """Launches of all layers, and the memory that they read from.
 
-    def __init__(self, kernels: Sequence[GatedExperts], experts: int, top_k: int) -> None:
-        self._kernels = list(kernels)
+    ``kernel``: of every layer, since all have their experts in the same slots. ``tokens``: of the
+    largest event for which there shall be memory from the beginning; more is taken when needed.
+    """
+
+    def __init__(self, kernel: GatedExperts, experts: int, top_k: int, tokens: int = 0) -> None:
+        self._kernel = kernel
         self._experts = -(-experts // ALIGNED) * ALIGNED
-        self._top_k = top_k
-        self._device = self._kernels[0].gate_up.device
-        self._fetched = Fetched(0, self._device)
+        weights = kernel.gate_up
+        self._device = weights.device
+        self._launches: TileLaunches | GatedExperts = kernel
+        if weights.is_cuda:
+            like = torch.zeros((1, kernel.width), dtype=weights.dtype, device=weights.device)
+            self._launches = TileLaunches(kernel, self._experts, top_k, like)
+        self._fetched = Fetched(self._numbers(tokens * top_k), self._device)
 
     @property
     def width(self) -> int:
         """Of the hidden states."""
-        return self._kernels[0].width
-
-    def warm_up(self, like: torch.Tensor) -> None:
-        """Compile all kernels; ``like`` [1, H] has the hidden states' type and width."""
-        kernel = self._kernels[0]
-        out = like.repeat_interleave(self._top_k, 0)
-        act = torch.empty((len(out), kernel.inner), dtype=like.dtype, device=like.device)
-        fetched = Fetched(3 * self._experts, self._device)
-        numbers, where = fetched.take(len(fetched))
-        numbers[:] = 0
-        places = fetched.bring(where)
-        for rows in TILE_ROWS:
-            for group in ({0: 0}, places[2 * self._experts :]):
-                kernel.launch_tiles(
-                    like, places, self._experts, group, act, out, tile_rows=rows, most=1
-                )
-        torch.cuda.synchronize()
+        return self._kernel.width
 
     def event(
-        self, layer: int, hidden: torch.Tensor, flat: npt.NDArray[np.int64], out: torch.Tensor
+        self, hidden: torch.Tensor, flat: npt.NDArray[np.int64], out: torch.Tensor
     ) -> TileEvent:
         """Begin an event; the device has run the one before."""
-        kernel = self._kernels[layer]
-        size = TileEvent.numbers(self._experts, len(flat), len(kernel.gate_up))
+        size = self._numbers(len(flat))
         if size > len(self._fetched):
             self._fetched = Fetched(size, self._device)
-        return TileEvent(kernel, hidden, flat, out, self._experts, self._fetched)
+        act = torch.empty((len(flat), self._kernel.inner), dtype=hidden.dtype, device=hidden.device)
+        launches = self._launches
+        return TileEvent(launches, act, hidden, flat, out, self._experts, self._fetched)
+
+    def _numbers(self, assignments: int) -> int:
+        return TileEvent.numbers(self._experts, assignments, len(self._kernel.gate_up))
+
+
+def common_kernel(kernels: Sequence[GatedExperts | None]) -> GatedExperts | None:
+    """That of all layers; None: one has none, or they differ.
+
+    All are over the same slots, so that the tensors are the same.
+    """
+    first = kernels[0]
+    if first is None or any(kernel is None or kernel.form != first.form for kernel in kernels):
+        return None
+    return first

@@ -234,14 +234,22 @@ def _with_prefills(costs: HostCosts, own: PolicyTimes, measured_at: HostCosts) -
     in it, as the pass' has.
     """
     assert own.prefill_decision_ns is not None
-    more_ns = own.prefill_decision_ns - measured_at.decision_ns
     later_ns = own.prefill_next_wave_ns
+    issue_ns = own.prefill_copy_issue_ns
+
+    def with_own(name: str) -> int:
+        found: int = getattr(costs, name)
+        own_ns: int | None = getattr(own, f"prefill_{name}")
+        at_own: int = getattr(measured_at, name)
+        return found if own_ns is None else max(found + own_ns - at_own, 0)
+
+    names = ("decision_ns", "step_ns", "segment_launch_ns", "experts_launch_ns")
     return replace(
         costs,
-        decision_ns=max(costs.decision_ns + more_ns, 0),
+        **{name: with_own(name) for name in names},
         next_wave_ns=costs.next_wave_ns if later_ns is None else later_ns,
         awaited_ns=0,
-        copy_issue_ns=own.copy_issue_ns,
+        copy_issue_ns=own.copy_issue_ns if issue_ns is None else issue_ns,
         prediction_ns=own.prefill_prediction_ns or 0,
     )
 

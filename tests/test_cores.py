@@ -25,24 +25,41 @@ def test_the_core_whose_slowest_round_is_fastest_is_taken(
     # Round by round, core by core: 4 is fastest twice, but slow once.
     rounds = iter([20, 10, 30, 15, 20, 10, 30, 15, 20, 90, 30, 16])
     monkeypatch.setattr(cores, "_round_ns", lambda: next(rounds))
-    assert cores.quietest() == 6
+    assert cores.quietest() == (6, 16)
 
 
 def test_the_cores_before_come_back(
     affinity: list[set[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cores, "quietest", lambda: 5)
+    monkeypatch.setattr(cores, "quietest", lambda: (5, 90))
     with cores.on_quiet_core():
         assert affinity == [{5}]
     assert affinity == [{5}, {3, 4, 5, 6}]
+
+
+def test_a_core_that_has_become_slow_is_left(
+    affinity: list[set[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = iter([(5, 100), (3, 130)])
+    monkeypatch.setattr(cores, "quietest", lambda: next(chosen))
+    rounds = iter([115, 125, 150])
+    monkeypatch.setattr(cores, "_round_ns", lambda: next(rounds))
+    with cores.on_quiet_core() as core:
+        assert core is not None
+        core.keep()
+        assert affinity == [{5}]
+        core.keep()
+        assert affinity == [{5}, {3}]
+        core.keep()  # slow as it is, it was the fastest
+        assert affinity == [{5}, {3}]
 
 
 def test_machines_of_few_cores_are_left_alone(
     affinity: list[set[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cores, "ALL", frozenset({0, 1}))
-    with cores.on_quiet_core():
-        pass
+    with cores.on_quiet_core() as core:
+        assert core is None
     assert affinity == []
 
 

@@ -119,12 +119,10 @@ def test_tiles_give_the_plain_products(
 @pytest.mark.parametrize("tokens", [1, 23])
 def test_an_event_computes_the_groups_that_it_is_given(experts: GatedExperts, tokens: int) -> None:
     hidden, ids = routed(tokens)
-    tiles = TileExperts([experts], len(SLOT_OF), TOP_K)
-    if not INTERPRETED:
-        tiles.warm_up(hidden[:1])
+    tiles = TileExperts(experts, len(SLOT_OF), TOP_K)
     for _ in range(2):  # the second event writes over what the first has read
         out = torch.full((len(ids), WIDTH), 9.0, device=DEVICE)
-        event = tiles.event(0, hidden, ids.numpy(), out)
+        event = tiles.event(hidden, ids.numpy(), out)
         needed = sorted(set(ids.tolist()))
         event.launch({expert: SLOT_OF[expert] for expert in needed[:2]})
         for row, expert in enumerate(ids.tolist()):
@@ -146,7 +144,7 @@ def test_groups_too_large_for_a_launchs_arguments_are_brought_to_the_device() ->
     ids = torch.stack([torch.randperm(count)[:TOP_K] for _ in range(tokens)]).reshape(-1)
     slot_of = torch.randperm(count).tolist()
     out = torch.zeros(len(ids), WIDTH, device=DEVICE)
-    event = TileExperts([many], count, TOP_K).event(0, hidden, ids.numpy(), out)
+    event = TileExperts(many, count, TOP_K).event(hidden, ids.numpy(), out)
     for first in (0, 9):
         event.launch({expert: slot_of[expert] for expert in range(first, min(first + 9, count))})
     event.launch({expert: slot_of[expert] for expert in range(18, count)})
@@ -169,7 +167,7 @@ def test_experts_in_slots_beyond_16_bits_are_computed() -> None:
         many.down[slot] = drawn(8, 2)
     hidden, ids = drawn(1, 8), torch.arange(3)
     out = torch.zeros(3, 8, device=DEVICE)
-    event = TileExperts([many], 3, 3).event(0, hidden, ids.numpy(), out)
+    event = TileExperts(many, 3, 3).event(hidden, ids.numpy(), out)
     for expert, slot in enumerate(slot_of):
         event.launch({expert: slot})
     for row, slot in enumerate(slot_of):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -370,11 +371,45 @@ def test_a_policys_prefills_are_its_own() -> None:
     decode = found.host_for(1)
     assert (decode.decision_ns, decode.awaited_ns, decode.prediction_ns) == (59_000, 700, 20_000)
     assert decode.next_wave_ns is None
+    assert found.host_for(64) == replace(
+        plain.host_for(64),
+        decision_ns=plain.host_for(64).decision_ns + more_ns,
+        awaited_ns=0,
+        next_wave_ns=6_000,
+        prediction_ns=40_000,
+        copy_issue_ns=8,
+    )
     quick = own.model_copy(update={"prefill_decision_ns": 0, "prefill_next_wave_ns": None})
     found = timing(model_times(policies={"quick": quick}), policy="quick")
     assert found.host_for(8).decision_ns == 0
     assert found.host_for(8).next_wave_ns is None
     assert plain.host_for(8).prediction_ns == 0
+
+
+def test_a_policys_prefills_have_launches_and_steps_of_their_own() -> None:
+    """Longer by as much as where they were measured, at every size."""
+    plain = timing(model_times())
+    at_own = plain.host_for(8)
+    own = PolicyTimes(
+        decision_ns=1,
+        awaited_ns=2,
+        copy_issue_ns=3,
+        prefill_tokens=8,
+        prefill_decision_ns=at_own.decision_ns,
+        prefill_step_ns=at_own.step_ns + 500,
+        prefill_segment_launch_ns=at_own.segment_launch_ns + 600,
+        prefill_experts_launch_ns=max(at_own.experts_launch_ns - 700, 0),
+        prefill_copy_issue_ns=4,
+    )
+    found = timing(model_times(policies={"slow": own}), policy="slow")
+    for tokens in (8, 64):
+        before, after = plain.host_for(tokens), found.host_for(tokens)
+        assert after.step_ns == before.step_ns + 500
+        assert after.segment_launch_ns == before.segment_launch_ns + 600
+        assert after.experts_launch_ns == before.experts_launch_ns - 700
+        assert after.decision_ns == before.decision_ns
+        assert after.copy_issue_ns == 4
+    assert found.host_for(1).copy_issue_ns == 3
 
 
 def test_what_a_prefill_took_is_of_so_many_tokens() -> None:

@@ -49,6 +49,18 @@ def median_ns(times_ns: npt.ArrayLike) -> int:
     return round(float(np.median(np.asarray(times_ns))))
 
 
+def steady_mean_ns(times_ns: npt.ArrayLike) -> int | None:
+    """The mean of the middle 90 %; None where there are no times.
+
+    Of few, one that was long for another's reasons would count for too much.
+    """
+    ordered = np.sort(np.asarray(times_ns, dtype=float))
+    if not len(ordered):
+        return None
+    cut = -(-len(ordered) // 20) if len(ordered) > 2 else 0
+    return round(float(ordered[cut : len(ordered) - cut].mean()))
+
+
 def rate(amount: float, times_ns: Sequence[float]) -> Value:
     """Amount a second, of each time in ns."""
     return summary([amount * 1e9 / time for time in times_ns])

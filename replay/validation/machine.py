@@ -14,6 +14,7 @@ from configs.timings import LinkTimes, ModelTimes, PolicyTimes
 from policies.interface import Prediction
 from replay.breakdown import Marks, predictions_ns
 from replay.calibrate.model import ModelRig
+from replay.calibrate.stats import steady_mean_ns
 from replay.cores import LOOP_NS
 from replay.play import Session
 from replay.point import Replayed, replay_point
@@ -165,13 +166,25 @@ def _prefill_times(run: Replayed, marks: Marks, chosen: npt.NDArray[np.bool_]) -
     if not chosen.any():
         return {}
     tokens = [step.tokens for step in run.setting.workload.steps() if step.prefill_tokens]
-    decided = marks.within(chosen) & (marks.kind == DECIDE)
-    first = marks.first_waves()
+    within, first = marks.within(chosen), marks.first_waves()
+
+    def of(kind: int) -> npt.NDArray[np.bool_]:
+        counted: npt.NDArray[np.bool_] = within & (marks.kind == kind)
+        return counted
+
+    decided, handed = of(DECIDE), of(ISSUE) & (marks.count > 0)
+    # Steady means: there are few of them, and one long pause would count for a policy's own.
     return {
         "prefill_tokens": round(float(np.mean(tokens))),
-        "prefill_decision_ns": _mean_ns(marks.duration[decided & first]),
-        "prefill_next_wave_ns": _mean_ns(marks.duration[decided & ~first]),
+        "prefill_decision_ns": steady_mean_ns(marks.duration[decided & first]),
+        "prefill_next_wave_ns": steady_mean_ns(marks.duration[decided & ~first]),
         "prefill_prediction_ns": _prediction_ns(run, chosen),
+        "prefill_step_ns": round(float(marks.duration[of(STEP)].sum() / chosen.sum())),
+        "prefill_segment_launch_ns": steady_mean_ns(marks.duration[of(SEGMENT)]),
+        "prefill_experts_launch_ns": steady_mean_ns(
+            marks.duration[of(EXPERTS) & (marks.count == 1)]
+        ),
+        "prefill_copy_issue_ns": steady_mean_ns(marks.duration[handed] / marks.count[handed]),
     }
 
 
