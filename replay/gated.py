@@ -13,6 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+MOST_IN_WORDS = 8
+"""Slots that a launch's own arguments can name, and whose each is; 16 bits each."""
+
 SILU, CLAMPED_GLU = 0, 1
 LIMIT, ALPHA = 7.0, 1.702
 """Of the clamped activation."""

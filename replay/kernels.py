@@ -21,12 +21,11 @@ import torch
 import triton
 import triton.language as tl
 
-from replay.gated import form_of
+from replay.gated import MOST_IN_WORDS, form_of
 
 WORDS = ("word_0", "word_1", "word_2", "word_3")
+PLACE_WORDS = ("place_0", "place_1", "place_2", "place_3")
 EXPERT_WORDS = ("expert_0", "expert_1", "expert_2", "expert_3")
-MOST_IN_WORDS = 2 * len(WORDS)
-"""Slots that a launch's own arguments can name, 16 bits each."""
 
 TILE_ROWS = (16, 32, 64)
 TILE_COLUMNS, TILE_DEPTH = 64, 64
@@ -133,7 +132,7 @@ def _slot_of(one, slots, word_0, word_1, word_2, word_3, IN_WORDS: tl.constexpr)
     return slot.to(tl.int64)
 
 
-@triton.jit(do_not_specialize=WORDS)
+@triton.jit(do_not_specialize=(*WORDS, *PLACE_WORDS))
 def _up(
     hidden,
     slots,
@@ -141,6 +140,10 @@ def _up(
     word_1,
     word_2,
     word_3,
+    place_0,
+    place_1,
+    place_2,
+    place_3,
     weight,
     bias,
     act,
@@ -165,6 +168,8 @@ def _up(
     slot = _slot_of(one, slots, word_0, word_1, word_2, word_3, IN_WORDS)
     if slot < 0:
         return
+    if IN_WORDS:
+        one = _in_word(one, place_0, place_1, place_2, place_3)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     there = row < inner
     gate_row = row * gate_step
@@ -196,7 +201,7 @@ def _up(
     tl.store(act + one * inner + row, value, mask=there)
 
 
-@triton.jit(do_not_specialize=WORDS)
+@triton.jit(do_not_specialize=(*WORDS, *PLACE_WORDS))
 def _down(
     act,
     slots,
@@ -204,6 +209,10 @@ def _down(
     word_1,
     word_2,
     word_3,
+    place_0,
+    place_1,
+    place_2,
+    place_3,
     weight,
     bias,
     out,
@@ -223,6 +232,8 @@ def _down(
     slot = _slot_of(one, slots, word_0, word_1, word_2, word_3, IN_WORDS)
     if slot < 0:
         return
+    if IN_WORDS:
+        one = _in_word(one, place_0, place_1, place_2, place_3)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     there = row < width
     total = _times(
@@ -396,8 +407,8 @@ class GatedExperts:
     ) -> tuple[Launched, Launched]:
         """Compute the assignments whose slot is not -1; returns both launches.
 
-        hidden [T, H]; slots int16 [T * k]; act [T * k, I]; out [T * k, H]. ``words``: as
-        :func:`in_words`, in place of what is in ``slots``.
+        hidden [T, H]; slots int16 [T * k]; act [T * k, I]; out [T * k, H]. ``words``: in place of
+        what is in ``slots``, see :func:`named_words`.
         """
         up, down = DECODE_BLOCKS[self.transposed]
         return (
@@ -414,7 +425,7 @@ class GatedExperts:
         words: Sequence[int] | None = None,
     ) -> Launched:
         """The first product and the activation; as :meth:`launch`."""
-        grid = (len(slots), triton.cdiv(self.inner, block.rows))
+        grid = (_programs(slots, words), triton.cdiv(self.inner, block.rows))
         arguments = {
             "hidden": hidden,
             "slots": slots,
@@ -435,7 +446,7 @@ class GatedExperts:
         words: Sequence[int] | None = None,
     ) -> Launched:
         """The second product; as :meth:`launch`."""
-        grid = (len(slots), triton.cdiv(self.width, block.rows))
+        grid = (_programs(slots, words), triton.cdiv(self.width, block.rows))
         arguments = {
             "act": act,
             "slots": slots,
@@ -529,9 +540,20 @@ class GatedExperts:
         }
 
 
+def named_words(slots: Mapping[int, int]) -> tuple[int, ...]:
+    """What a decode kernel's ``WORDS`` and ``PLACE_WORDS`` are: slot by assignment, up to eight."""
+    return *in_words(list(slots.values())), *in_words(list(slots))
+
+
+def _programs(slots: torch.Tensor, words: Sequence[int] | None) -> int:
+    """One an assignment that may have a slot."""
+    return len(slots) if words is None else min(len(slots), MOST_IN_WORDS)
+
+
 def _word_arguments(words: Sequence[int] | None) -> dict[str, Any]:
-    named = (0,) * len(WORDS) if words is None else words
-    return {**dict(zip(WORDS, named, strict=True)), "IN_WORDS": words is not None}
+    names = (*WORDS, *PLACE_WORDS)
+    named = (0,) * len(names) if words is None else words
+    return {**dict(zip(names, named, strict=True)), "IN_WORDS": words is not None}
 
 
 def _block_arguments(block: Block) -> dict[str, Any]:

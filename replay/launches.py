@@ -1,15 +1,16 @@
 """Experts' kernels of a captured decode step, launched a group of slots at a time.
 
 How slot numbers get to a kernel decides what a launch costs. They travel in the launch's own
-arguments where they fit (16 bits each, eight of them: one request, top-8), else in a write to
-device memory before it. A copy from pinned memory would cross the link beside the experts.
+arguments where they fit (16 bits each, eight of them: all of one request's top-8, of a batch what
+lands one by one), else in a write to device memory before it. A copy from pinned memory would cross
+the link beside the experts.
 """
 
 from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -17,7 +18,14 @@ import torch
 
 from configs.errors import UserError
 from replay.cuda_driver import KernelLaunch, SmallWrites
-from replay.kernels import MOST_IN_WORDS, WORDS, GatedExperts, Launched, in_words
+from replay.gated import MOST_IN_WORDS
+from replay.kernels import (
+    PLACE_WORDS,
+    WORDS,
+    GatedExperts,
+    Launched,
+    named_words,
+)
 
 if TYPE_CHECKING:
     from replay.graphs import CapturedStep
@@ -25,6 +33,7 @@ if TYPE_CHECKING:
 _SLOTS_A_WORD = 4
 """Slot numbers are of 16 bits: each word that is written costs the GPU some 2 us."""
 _MOST_SLOTS = 2**15
+_TOO_MANY = MOST_IN_WORDS + 1
 _WARP = 32
 _ALIGNMENT = 16
 """Bytes: Triton compiles a kernel again for pointers that are no multiples of it."""
@@ -40,21 +49,21 @@ class GroupLaunches(Protocol):
         """
 
 
-def group_launches(
-    step: CapturedStep, kernels: Sequence[GatedExperts], groups: int
-) -> GroupLaunches:
+def group_launches(step: CapturedStep, kernels: Sequence[GatedExperts]) -> GroupLaunches:
     """The quickest that can name a slot for every assignment of the step.
 
-    ``groups``: the most launches of an event. Raises UserError for more slots than can be named.
+    Raises UserError for more slots than can be named.
     """
     if len(kernels[0].gate_up) > _MOST_SLOTS:
         raise UserError(
             f"{len(kernels[0].gate_up)} expert slots: the engine numbers up to {_MOST_SLOTS}, "
             "give a smaller budget"
         )
-    if len(step.boundaries[0].out) <= MOST_IN_WORDS:
+    assignments = len(step.boundaries[0].out)
+    if assignments <= MOST_IN_WORDS:
         return NamedSlots(step, kernels)
-    return WrittenSlots(step, kernels, groups)
+    # Of an event's groups so many may be too large for a launch's arguments.
+    return PlacedSlots(step, kernels, WrittenSlots(step, kernels, assignments // _TOO_MANY))
 
 
 def _activations(step: CapturedStep, kernels: Sequence[GatedExperts]) -> torch.Tensor:
@@ -123,26 +132,28 @@ class BoundKernel:
 class NamedSlots:
     """Slot numbers are arguments of both kernels, which are launched through the driver.
 
-    A first launch through Triton compiles; the words that name slots lie in one place of host
-    memory, which every launch reads as it is made.
+    A first launch through Triton compiles; the words that name slots, and the assignments that are
+    computed with them, lie in one place of host memory, which every launch reads as it is made.
     """
 
     def __init__(self, step: CapturedStep, kernels: Sequence[GatedExperts]) -> None:
-        count = len(step.boundaries[0].out)
-        self._words = ctypes.create_string_buffer(4 * len(WORDS))
-        struct.pack_into("<4i", self._words, 0, *in_words(()))
-        self._words_at = dict(zip(WORDS, word_places(self._words), strict=True))
+        count = min(len(step.boundaries[0].out), MOST_IN_WORDS)
+        self._words = ctypes.create_string_buffer(4 * (len(WORDS) + len(PLACE_WORDS)))
+        nothing = named_words({})
+        struct.pack_into("<8i", self._words, 0, *nothing)
+        self._name(range(count))
         self._write = struct.Struct(f"<{count}h").pack_into
-        self._stream = torch.cuda.current_stream().cuda_stream
+        names = (*WORDS, *PLACE_WORDS)
+        words_at = dict(zip(names, word_places(self._words), strict=True))
+        stream = torch.cuda.current_stream().cuda_stream
         self._act = _activations(step, kernels)
-        unread = torch.empty(count, dtype=torch.int16, device=self._act.device)
+        unread = torch.empty(len(step.boundaries[0].out), dtype=torch.int16, device="cuda")
         self._kept: list[Any] = [unread]
         self._launches = []
         for layer, kernel in enumerate(kernels):
             edge = step.boundaries[layer]
-            nothing = in_words(())
             pair = kernel.launch(edge.hidden, unread, self._act, edge.out, nothing)
-            up, down = (BoundKernel(each, self._stream, self._words_at) for each in pair)
+            up, down = (BoundKernel(each, stream, words_at) for each in pair)
             self._launches.append((up.launch, down.launch))
             self._kept += [up, down]
         torch.cuda.synchronize()
@@ -154,12 +165,45 @@ class NamedSlots:
         up()
         down()
 
+    def _name(self, places: Iterable[int]) -> None:
+        """The assignments that the slots are of."""
+        named = list(places)
+        missing = [-1] * (MOST_IN_WORDS - len(named))
+        struct.pack_into("<8h", self._words, 4 * len(WORDS), *named, *missing)
+
+
+class PlacedSlots(NamedSlots):
+    """Of steps of many assignments: groups of few as :class:`NamedSlots`, others by ``written``."""
+
+    def __init__(
+        self, step: CapturedStep, kernels: Sequence[GatedExperts], written: WrittenSlots
+    ) -> None:
+        super().__init__(step, kernels)
+        self._written = written
+        self._large = 0
+
+    def launch(self, layer: int, group: int, slots: Sequence[int]) -> None:
+        """As :meth:`GroupLaunches.launch`."""
+        if group == 0:
+            self._large = 0
+        places = [place for place, slot in enumerate(slots) if slot >= 0]
+        if len(places) > MOST_IN_WORDS:
+            self._written.launch(layer, self._large, slots)
+            self._large += 1
+            return
+        self._name(places)
+        missing = [-1] * (MOST_IN_WORDS - len(places))
+        self._write(self._words, 0, *[slots[place] for place in places], *missing)
+        for kernel in self._launches[layer]:
+            kernel.resize((len(places),))
+            kernel()
+
 
 class WrittenSlots:
     """Both kernels of a launch are a CUDA graph; their slots are written to memory before it.
 
-    There is a piece of memory for every layer and group of a step, so that none is overwritten
-    before it was read.
+    There is a piece of memory for every layer and each of ``groups`` of a step, so that none is
+    overwritten before it was read.
     """
 
     def __init__(self, step: CapturedStep, kernels: Sequence[GatedExperts], groups: int) -> None:

@@ -378,9 +378,7 @@ class Replay:
         ready = self._session.ready
         kernels = require_kernels(ready.modules, self.eager.pool.views)
         step = self._session.captured()
-        # A launch takes one expert at least.
-        most = min(ready.num_experts, self._session.rows * ready.top_k)
-        launches = group_launches(step, kernels, most + 1)
+        launches = group_launches(step, kernels)
         return GraphEngine(self.eager.driver, step, launches)
 
 

@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from replay.gated import MOST_IN_WORDS
 from replay.kernels import (
     ALIGNED,
     EXPERT_WORDS,
     FETCHED,
-    MOST_IN_WORDS,
     TILE_ROWS,
     WORDS,
     GatedExperts,

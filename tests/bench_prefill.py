@@ -26,7 +26,7 @@ from policies.interface import Prediction
 from replay.calibrate.lane import Train
 from replay.calibrate.model import ModelRig, Traffic
 from replay.cores import on_quiet_core
-from replay.kernels import MOST_IN_WORDS
+from replay.gated import MOST_IN_WORDS
 from replay.open import command_line, open_model
 from replay.play import Session
 from replay.predictors import LEARNED, NEXT_GATE

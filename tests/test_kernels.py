@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from replay.gated import CLAMPED_GLU, SILU  # noqa: E402
-from replay.kernels import Block, GatedExperts, in_words, scatter_rows  # noqa: E402
+from replay.kernels import Block, GatedExperts, named_words, scatter_rows  # noqa: E402
 from replay.tiles import TILE_ROWS, TileExperts  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -79,11 +79,24 @@ def expected(experts: GatedExperts, hidden: torch.Tensor, slot: int) -> torch.Te
 def test_decode_blocks_give_the_plain_products(
     experts: GatedExperts, block: Block, named: list[int], words: bool
 ) -> None:
-    hidden = drawn(1, WIDTH)
+    require_decoded(experts, block, named, 1, words)
+
+
+@pytest.mark.parametrize("words", [False, True], ids=["from memory", "in words"])
+def test_a_few_of_many_assignments_are_computed(experts: GatedExperts, words: bool) -> None:
+    """Of four tokens; the last of all is among them, and one expert twice."""
+    named = [-1, 3, -1, -1, 5, -1, -1, -1, 3, -1, 0, 2]
+    require_decoded(experts, BLOCKS[0], named, 4, words)
+
+
+def require_decoded(
+    experts: GatedExperts, block: Block, named: list[int], tokens: int, words: bool
+) -> None:
+    hidden = drawn(tokens, WIDTH)
     slots = torch.tensor(named, dtype=torch.int16, device=DEVICE)
     told = None
     if words:
-        told = in_words(named)
+        told = named_words({place: slot for place, slot in enumerate(named) if slot >= 0})
         slots.fill_(-1)  # not to be read
     act = torch.zeros(len(named), INNER, device=DEVICE)
     out = torch.full((len(named), WIDTH), 9.0, device=DEVICE)
@@ -93,7 +106,7 @@ def test_decode_blocks_give_the_plain_products(
         # Assignments of another group are left as they were.
         wanted = torch.full((WIDTH,), 9.0).to(DEVICE)
         if slot >= 0:
-            wanted = expected(experts, hidden[0], slot)
+            wanted = expected(experts, hidden[row * tokens // len(named)], slot)
         torch.testing.assert_close(out[row], wanted, rtol=1e-3, atol=1e-3)
 
 

@@ -365,8 +365,9 @@ def test_a_large_batch_needs_half_of_the_experts() -> None:
     shape = Shape(2, 64, 8, (1000, 1000))
     assert [needed(shape, rows) for rows in (1, 3, 4, 32)] == [8, 24, 32, 32]
     assert launch_sizes(1, 4) == [1, 2, 3, 4]
-    assert launch_sizes(3, 4) == [1, 2, 4, 8, 12]
-    assert launch_sizes(4, 8) == [1, 2, 4, 8, 16, 32]
+    assert launch_sizes(2, 4) == [1, 2, 4, 8]
+    assert launch_sizes(3, 4) == [1, 2, 4, 8, 9, 12]
+    assert launch_sizes(4, 8) == [1, 2, 4, 8, 9, 16, 32]
 
 
 def test_batch_sizes_to_calibrate_are_read_or_refused() -> None:

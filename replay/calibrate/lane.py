@@ -63,11 +63,17 @@ class LaneRig:
         return perf_counter_ns() - began
 
     def groups(self) -> Iterator[GroupTime]:
-        """Of one token by experts, and of one expert by tokens."""
-        for experts, tokens in self._sizes():
-            for _ in range(_WARM_UPS):
-                self.once(experts, tokens)
-            ns = median_ns([self.once(experts, tokens) for _ in range(_REPEATS)])
+        """Of one token by experts, and of one expert by tokens.
+
+        In rounds over all sizes: a while in which the threads are slow, such as the first tenth of
+        a second after they have started, is no size's alone.
+        """
+        found: dict[tuple[int, int], list[int]] = {size: [] for size in self._sizes()}
+        for _ in range(_WARM_UPS + _REPEATS):
+            for (experts, tokens), taken in found.items():
+                taken.append(self.once(experts, tokens))
+        for (experts, tokens), taken in found.items():
+            ns = median_ns(taken[_WARM_UPS:])
             yield GroupTime(experts=experts, tokens=tokens, ns=ns)
 
     def _sizes(self) -> list[tuple[int, int]]:

@@ -28,6 +28,7 @@ from replay.calibrate.rig import CalibrationError
 from replay.calibrate.stats import median_ns, steady_mean_ns
 from replay.cores import LOOP_NS
 from replay.cuda_driver import CopyStream
+from replay.gated import MOST_IN_WORDS
 from replay.play import ForcedStep, Measured, Replay, Session
 from replay.slots import SlotPool
 from sim.spans import COPY, DECIDE, EXPERTS, GPU, ISSUE, SEGMENT, STEP
@@ -266,8 +267,7 @@ class ModelRig:
             return _until_done(lambda: launches.launch(layer, 0, named))
 
         sizes = launch_sizes(rows, shape.top_k)
-        _, of_one, of_all = self.beside_copies
-        beside = {sizes[-1]: of_all, sizes[0]: of_one}
+        _, beside = self.beside_copies
         return [
             ExpertsTime(
                 experts=n,
@@ -284,33 +284,32 @@ class ModelRig:
         return SlotPool(session.ready.layout, count, session.device)
 
     @cached_property
-    def beside_copies(self) -> tuple[float, int, int]:
-        """What copies beside it do to a segment (a fraction), and to a launch of experts (ns).
+    def beside_copies(self) -> tuple[float, dict[int, int]]:
+        """What copies beside it do to a segment (a fraction), and to launches of experts (ns).
 
-        Of one expert, and of all that a decode step's launch can have.
+        Of one assignment and the most that a launch's arguments name, and of those beyond.
         """
         shape, session = self.shape, self.session
         captured = session.captured()
         launches = self._launches(self._pool())
         traffic = Traffic(session)
         most, distinct = session.rows * shape.top_k, needed(shape, session.rows)
-        one, every = [0, *[-1] * (most - 1)], (np.arange(most) % distinct).tolist()
+        slots = (np.arange(most) % distinct).tolist()
 
         def segment(repeat: int) -> None:
             captured.graphs[1 + repeat % (shape.layers - 1)].replay()
 
-        def of_one(repeat: int) -> None:
-            launches.launch(repeat % shape.layers, 0, one)
-
-        def of_all(repeat: int) -> None:
-            launches.launch(repeat % shape.layers, 0, every)
-
         plain, more = self._beside(segment, traffic)
-        return (
-            max(more / max(plain, 1), 0.0),
-            max(self._beside(of_one, traffic)[1], 0),
-            max(self._beside(of_all, traffic)[1], 0),
-        )
+        found = {}
+        for size in launch_sizes(session.rows, shape.top_k):
+            if size in (1, min(most, MOST_IN_WORDS)) or size > MOST_IN_WORDS:
+                named = [*slots[:size], *[-1] * (most - size)]
+
+                def launch(repeat: int, named: list[int] = named) -> None:
+                    launches.launch(repeat % shape.layers, 0, named)
+
+                found[size] = max(self._beside(launch, traffic)[1], 0)
+        return max(more / max(plain, 1), 0.0), found
 
     def _beside(self, launch: Callable[[int], None], traffic: Traffic) -> tuple[int, int]:
         """GPU time alone, and how much longer it takes beside copies."""
@@ -333,7 +332,7 @@ class ModelRig:
         from replay.launches import group_launches
 
         kernels = require_kernels(self.session.ready.modules, pool.views)
-        return group_launches(self.session.captured(), kernels, 1)
+        return group_launches(self.session.captured(), kernels)
 
     # ------------------------------------------------------------------ prefill
 
@@ -519,11 +518,15 @@ class Traffic:
 
 
 def launch_sizes(rows: int, top_k: int) -> list[int]:
-    """How many assignments to time launches of: all up to k, then in powers of two to all."""
+    """How many assignments to time launches of: all up to k, then in powers of two to all.
+
+    With the least that a launch's arguments do not name: its slots go another way.
+    """
     if rows == 1:
         return list(range(1, top_k + 1))
     most = rows * top_k
-    return [*(2**power for power in range((most - 1).bit_length())), most]
+    sizes = {2**power for power in range((most - 1).bit_length())} | {MOST_IN_WORDS + 1, most}
+    return sorted(size for size in sizes if size <= most)
 
 
 def _until_done(launch: Callable[[], object], *, synchronize: bool = True) -> int:

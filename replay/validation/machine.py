@@ -41,7 +41,7 @@ def model_times(
     times are those of a host whose loop takes ``LOOP_NS``: see :func:`on_usual_host`.
     """
     rig = ModelRig(session, int(hardware.readback_ns))
-    segment_slowdown, one_beside_ns, _ = rig.beside_copies
+    segment_slowdown, beside_ns = rig.beside_copies
     sizes = sorted(tokens for tokens in set(prefill_tokens) if tokens > session.rows)
     passes = (rig.decode, *(rig.prefill(tokens) for tokens in sizes))
     predictors = predictor_times(session)
@@ -54,7 +54,7 @@ def model_times(
         passes=passes,
         link=rig.link,
         segment_slowdown=segment_slowdown,
-        experts_beside_ns=one_beside_ns,
+        experts_beside_ns=beside_ns[1],
         predictor_ns=predictors,
         # Last: what a session keeps for all its runs is there now.
         workspace_bytes=rig.workspace_bytes(max(sizes, default=None)),
