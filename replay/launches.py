@@ -147,7 +147,9 @@ class NamedSlots:
         words_at = dict(zip(names, word_places(self._words), strict=True))
         stream = torch.cuda.current_stream().cuda_stream
         self._act = _activations(step, kernels)
-        unread = torch.empty(len(step.boundaries[0].out), dtype=torch.int16, device="cuda")
+        unread = torch.empty(
+            len(step.boundaries[0].out), dtype=torch.int16, device=self._act.device
+        )
         self._kept: list[Any] = [unread]
         self._launches = []
         for layer, kernel in enumerate(kernels):

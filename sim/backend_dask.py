@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,9 +84,10 @@ def _result_of(future: Any, task: int) -> Any:
     try:
         return future.result()
     except KilledWorker as error:
+        # Dask does not tell which of a worker's tasks it died at: it may be the one before in line.
         raise WorkersLost(
-            f"{error.allowed_failures + 1} workers died one after the other at one task (out of "
-            "memory?): give the workers more of it",
+            f"{error.allowed_failures + 1} workers died one after the other that had one task in "
+            "hand or next in line (out of memory?): give the workers more of it",
             task,
         ) from error
     except CancelledError as error:
@@ -194,7 +195,8 @@ def _sent(client: Client, arrays: ArrayTrace) -> Iterator[Source]:
         yield Received(name)
     finally:
         if client.status == "running":
-            client.unregister_worker_plugin(name)
+            with suppress(OSError):  # of a worker that dies meanwhile
+                client.unregister_worker_plugin(name)
 
 
 @contextmanager

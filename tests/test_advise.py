@@ -584,7 +584,10 @@ def errors_of(names: Sequence[str], kind: str) -> list[float]:
 
 GPT_OSS = ("locked-gpt-oss", "second-gpt-oss")
 QWEN = ("locked-qwen", "second-qwen")
-OLMOE = ("locked-olmoe", "second-olmoe", "lane-olmoe", "long-olmoe")
+OLMOE = (
+    "locked-olmoe", "second-olmoe", "lane-olmoe", "long-olmoe", "third-olmoe", "fourth-olmoe",
+)  # fmt: skip
+BATCHES = ("batch-olmoe", "third-batch-olmoe")
 
 
 @pytest.fixture(scope="module")
@@ -717,7 +720,7 @@ def test_batches_were_measured_on_one_model(calibrated: Setting, tmp_path: Path)
     assert unknown.level == "calibrated"
     assert "were not validated on this model with 4 requests at a time" in unknown.why
     known = confidence_in(found_of(), of_model(together, "olmoe-1b-7b"), "mean", campaigns)
-    expected = errors_of(["batch-olmoe"], "demand")
+    expected = errors_of(BATCHES, "demand")
     assert (known.points, known.worst_error) == (len(expected), pytest.approx(max(expected)))
     assert "4 requests at a time" in known.why
     # Nor do a batch's errors tell about one request.

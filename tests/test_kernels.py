@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,15 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from replay.gated import CLAMPED_GLU, SILU  # noqa: E402
-from replay.kernels import Block, GatedExperts, named_words, scatter_rows  # noqa: E402
+from replay.kernels import (  # noqa: E402
+    Block,
+    GatedExperts,
+    Launched,
+    _down,
+    _up,
+    named_words,
+    scatter_rows,
+)
 from replay.tiles import TILE_ROWS, TileExperts  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -87,6 +97,90 @@ def test_a_few_of_many_assignments_are_computed(experts: GatedExperts, words: bo
     """Of four tokens; the last of all is among them, and one expert twice."""
     named = [-1, 3, -1, -1, 5, -1, -1, -1, 3, -1, 0, 2]
     require_decoded(experts, BLOCKS[0], named, 4, words)
+
+
+class Interpreted:
+    """As :class:`replay.launches.BoundKernel`, of kernels that are interpreted."""
+
+    def __init__(self, launched: Launched, stream: int, places: Mapping[str, int]) -> None:
+        self._kernel = _up if "hidden" in launched.arguments else _down
+        self._grid, self._arguments = list(launched.grid), dict(launched.arguments)
+        self._places = places
+        self.launch = self
+
+    def resize(self, grid: Sequence[int]) -> None:
+        self._grid[: len(grid)] = grid
+
+    def __call__(self) -> None:
+        words = {name: ctypes.c_int32.from_address(at).value for name, at in self._places.items()}
+        block = {"num_warps": 4, "ROWS": 8, "COLUMNS": 32, "DEFER": False}
+        if self._kernel is _up:
+            block["PAIRED"] = False
+        self._kernel[tuple(self._grid)](**{**self._arguments, **words, **block})
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module, whose launches go through the driver where there is one."""
+    from replay import launches
+
+    if INTERPRETED:
+        monkeypatch.setattr(launches, "BoundKernel", Interpreted)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        plain = (Block(8, 32), Block(8, 32))
+        monkeypatch.setattr("replay.kernels.DECODE_BLOCKS", {False: plain, True: plain})
+    return launches
+
+
+class Written:
+    """In place of graphs: the groups that were too large, as they were asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int, list[int]]] = []
+
+    def launch(self, layer: int, group: int, slots: Sequence[int]) -> None:
+        self.asked.append((layer, group, list(slots)))
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_launches_of_a_step_compute_what_they_name(
+    experts: GatedExperts, launches: Any, rows: int
+) -> None:
+    """One request's, and a batch's: group by group, each some of the assignments."""
+    count = rows * TOP_K
+    hidden = drawn(rows, WIDTH)
+    edges = [
+        SimpleNamespace(hidden=hidden, out=torch.full((count, WIDTH), 9.0, device=DEVICE))
+        for _ in range(2)
+    ]
+    step, written = SimpleNamespace(boundaries=edges), Written()
+    few = (
+        launches.NamedSlots(step, [experts, experts])
+        if rows == 1
+        else launches.PlacedSlots(step, [experts, experts], written)
+    )
+    slots = [5, 0, 3, 3, 1, 2, 4, 0, 5, 2, 1, 4][:count]
+    groups = [[0], [count - 1], list(range(1, count - 1))]
+    if rows > 1:
+        groups[2:] = [[1, 4], list(range(5, 11)), [2, 3]]
+    found: set[int] = set()
+    for index, group in enumerate(groups):
+        few.launch(1, index, [slot if at in group else -1 for at, slot in enumerate(slots)])
+        found |= set(group)
+        for at, slot in enumerate(slots):
+            wanted = torch.full((WIDTH,), 9.0).to(DEVICE)
+            if at in found:
+                wanted = expected(experts, hidden[at // TOP_K], slot)
+            torch.testing.assert_close(edges[1].out[at], wanted, rtol=1e-3, atol=1e-3)
+    assert len(found) == count
+    assert (edges[0].out == 9.0).all()
+    assert not written.asked
+    if rows > 1:
+        for index, layer in ((0, 0), (1, 0), (0, 1)):
+            few.launch(layer, index, [*slots[:9], -1, -1, -1])
+        assert [asked[:2] for asked in written.asked] == [(0, 0), (0, 1), (1, 0)]
+        assert written.asked[0][2] == [*slots[:9], -1, -1, -1]
 
 
 def require_decoded(
