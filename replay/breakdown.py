@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from replay.cores import LOOP_NS
-from sim.spans import DECIDE, EXPERTS, ISSUE, NAMES, SEGMENT, STEP, Mark, Timeline
+from sim.spans import COPY, DECIDE, EXPERTS, ISSUE, NAMES, SEGMENT, STEP, Mark, Timeline
 from tracer.workload import Workload
 
 if TYPE_CHECKING:
@@ -65,6 +65,13 @@ class Marks:
         """
         found: npt.NDArray[np.bool_] = self.kind == DECIDE
         found[2:] &= self.kind[:-2] == SEGMENT
+        return found
+
+    def launched_as_landed(self) -> npt.NDArray[np.bool_]:
+        """Which marks end a launch of what was waited for, bool [marks]."""
+        found: npt.NDArray[np.bool_] = self.kind == EXPERTS
+        found[1:] &= self.kind[:-1] == COPY
+        found[:1] = False
         return found
 
     def within(self, chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:

@@ -49,10 +49,12 @@ class GroupLaunches(Protocol):
         """
 
 
-def group_launches(step: CapturedStep, kernels: Sequence[GatedExperts]) -> GroupLaunches:
+def group_launches(
+    step: CapturedStep, kernels: Sequence[GatedExperts], experts: int
+) -> GroupLaunches:
     """The quickest that can name a slot for every assignment of the step.
 
-    Raises UserError for more slots than can be named.
+    Raises UserError for more slots, or more assignments, than can be named.
     """
     if len(kernels[0].gate_up) > _MOST_SLOTS:
         raise UserError(
@@ -62,8 +64,14 @@ def group_launches(step: CapturedStep, kernels: Sequence[GatedExperts]) -> Group
     assignments = len(step.boundaries[0].out)
     if assignments <= MOST_IN_WORDS:
         return NamedSlots(step, kernels)
-    # Of an event's groups so many may be too large for a launch's arguments.
-    return PlacedSlots(step, kernels, WrittenSlots(step, kernels, assignments // _TOO_MANY))
+    if assignments > _MOST_SLOTS:
+        raise UserError(
+            f"{assignments} experts are computed in a step: the engine numbers up to "
+            f"{_MOST_SLOTS}, give a trace of smaller batches"
+        )
+    # Of an event's groups so many may be too large for a launch's arguments; each has an expert.
+    large = min(assignments // _TOO_MANY, experts)
+    return PlacedSlots(step, kernels, WrittenSlots(step, kernels, large))
 
 
 def _activations(step: CapturedStep, kernels: Sequence[GatedExperts]) -> torch.Tensor:
@@ -82,8 +90,8 @@ class BoundKernel:
     """A launch that was made through Triton, to be made again through the driver.
 
     ``places``: addresses of arguments whose values others write, by name, 32 bits each; the other
-    arguments are as they were, until :meth:`point`. ``launch``: makes it, with the arguments as
-    they are then.
+    arguments are as they were, until :meth:`point`, and their tensors are kept until then.
+    ``launch``: makes it, with the arguments as they are then.
     """
 
     def __init__(self, launched: Launched, stream: int, places: Mapping[str, int]) -> None:
@@ -92,6 +100,7 @@ class BoundKernel:
         if about.global_scratch_size or about.profile_scratch_size or about.num_ctas != 1:
             raise RuntimeError(f"{kernel.name}: this launch has no scratch memory and no clusters")
         self._held: dict[str, Any] = {}
+        self._kept: dict[str, Any] = {}
         addresses = []
         for name, kind in kernel.src.signature.items():
             if kind == "constexpr":
@@ -118,11 +127,13 @@ class BoundKernel:
         if address % _ALIGNMENT:
             raise ValueError(f"{name} begins at {address}, no multiple of {_ALIGNMENT} bytes")
         self._held[name].value = address
+        self._kept.pop(name, None)
 
     def _hold(self, name: str, kind: str, value: Any) -> int:
         """An argument of a type of Triton's, kept; returns where it lies."""
         if kind.startswith("*"):
             held: Any = ctypes.c_uint64(value.data_ptr())
+            self._kept[name] = value
         else:
             held = {"i32": ctypes.c_int32, "i64": ctypes.c_int64}[kind](value)
         self._held[name] = held
@@ -189,6 +200,8 @@ class PlacedSlots(NamedSlots):
         if group == 0:
             self._large = 0
         places = [place for place, slot in enumerate(slots) if slot >= 0]
+        if not places:
+            return
         if len(places) > MOST_IN_WORDS:
             self._written.launch(layer, self._large, slots)
             self._large += 1
@@ -212,7 +225,8 @@ class WrittenSlots:
         count = len(step.boundaries[0].out)
         layers = len(step.boundaries)
         device = step.token.device
-        words = -(-count // _SLOTS_A_WORD)
+        # An even number of words, so that every piece is aligned as the first one is.
+        words = 2 * -(-count // (2 * _SLOTS_A_WORD))
         self._named = np.full(words * _SLOTS_A_WORD, -1, np.int16)
         self._count = count
         self._writes = SmallWrites(words)
@@ -221,6 +235,7 @@ class WrittenSlots:
         )
         self._stream = torch.cuda.current_stream().cuda_stream
         self._act = _activations(step, kernels)
+        self._kernels = list(kernels)  # whose weights the graphs read
         self._graphs: list[list[torch.cuda.CUDAGraph]] = []
         pool = torch.cuda.graph_pool_handle()
         for layer, kernel in enumerate(kernels):

@@ -7,7 +7,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from time import perf_counter
+from time import perf_counter, perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,8 +69,9 @@ class ForcedStep:
 class Measured:
     """Wall times of the steps, ns, what the host did, and the chunks that the link carried.
 
-    ``loops_ns``: what a fixed loop of Python took around the run, on a GPU between requests and, if
-    it was to be sampled, after every step. ``marks`` and ``predictions``: as
+    ``loops_ns``: what a fixed loop of Python took around the run, between requests where the core
+    is chosen, and, if it was to be sampled, after every step. ``apart_ns``: time between requests
+    in which a core was looked for. ``marks`` and ``predictions``: as
     :class:`replay.ledger.Ledger` has them. Of ``times``, segments and experts are not told apart.
     ``tokens``: the model's greedy choice after every step, whatever text was forced on it, one for
     each request of the step. ``logits``: likewise, [vocabulary], float32 on the host, if they were
@@ -88,6 +89,7 @@ class Measured:
     marks: list[tuple[int, int, int, int]] = field(default_factory=list)
     predictions: list[tuple[int, int]] = field(default_factory=list)
     loops_ns: list[int] = field(default_factory=list)
+    apart_ns: int = 0
 
     @property
     def host_loop_ns(self) -> float:
@@ -302,9 +304,11 @@ class Replay:
             measured.loops_ns += [loop_ns() for _ in range(_HOST_SAMPLES)]
             for number, step in enumerate(steps):
                 if core is not None and step.begins and number:
+                    ended = perf_counter_ns()
                     core.keep()
                     measured.loops_ns += [loop_ns() for _ in range(_HOST_SAMPLES)]
                     driver.ledger.mark(APART, -1)
+                    measured.apart_ns += perf_counter_ns() - ended
                 began = driver.ledger.mark(STEP, -1)
                 before = driver.stall_late_ns, driver.stall_miss_ns, driver.stall_cpu_ns
                 if step.begins:
@@ -378,7 +382,7 @@ class Replay:
         ready = self._session.ready
         kernels = require_kernels(ready.modules, self.eager.pool.views)
         step = self._session.captured()
-        launches = group_launches(step, kernels)
+        launches = group_launches(step, kernels, ready.num_experts)
         return GraphEngine(self.eager.driver, step, launches)
 
 

@@ -3,7 +3,7 @@
 What tells a launch its assignments is brought to the device once an event, and the slots of a small
 group travel in the launch's own arguments: kernels that read them from pinned memory would hold up
 the copies on the link. Launches go through the driver, as those of decode steps do: through Triton
-each takes ten times as long (docs/decisions.md has the times of both).
+each takes the host three to seven times as long (docs/decisions.md has the times).
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ class TileLaunches:
 
     def __init__(self, kernel: GatedExperts, experts: int, top_k: int, like: torch.Tensor) -> None:
         self._columns = kernel.tile_columns
+        self._dtype = like.dtype
         self._words = ctypes.create_string_buffer(4 * (len(WORDS) + len(EXPERT_WORDS)))
         self._write = struct.Struct(f"<{2 * MOST_IN_WORDS}h").pack_into
         self._write(self._words, 0, *_NO_NUMBERS, *_NO_NUMBERS)
@@ -126,8 +127,11 @@ class TileLaunches:
     ) -> None:
         """As :meth:`replay.kernels.GatedExperts.launch_tiles`; ``experts`` as it was told before.
 
-        The tensors are to be kept until the device has run it.
+        The tensors are to be kept until the device has run it. Raises TypeError for hidden states
+        of another type than the experts'.
         """
+        if hidden.dtype != self._dtype:
+            raise TypeError(f"hidden states are {hidden.dtype}, the experts {self._dtype}")
         in_words = not isinstance(group, torch.Tensor)
         up, down = self._bound[tile_rows, in_words]
         if isinstance(group, torch.Tensor):
@@ -195,6 +199,8 @@ class TileEvent:
 
     def launch(self, slots: Mapping[int, int]) -> None:
         """Compute experts, each in its slot."""
+        if not slots:
+            return
         group: Group = slots
         if len(slots) > MOST_IN_WORDS or max(slots.values()) >= _MOST_SLOTS:
             group = self._brought(slots)

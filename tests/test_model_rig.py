@@ -7,15 +7,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+
+from configs.timings import LinkTimes
+from policies.interface import Shape
 
 torch = pytest.importorskip("torch")
 
 from replay.calibrate import model as rigs  # noqa: E402
-from replay.calibrate.model import ModelRig, PrefillRun, Traffic, held_bytes  # noqa: E402
+from replay.calibrate.model import ModelRig, PrefillRun, Run, Traffic, held_bytes  # noqa: E402
+from replay.calibrate.rig import CalibrationError  # noqa: E402
+from replay.calibrate.stats import steady_mean_ns  # noqa: E402
 from replay.model import ReplayModel, from_checkpoint  # noqa: E402
 from replay.play import Replay, Session  # noqa: E402
-from sim.spans import DECIDE, SEGMENT  # noqa: E402
+from sim.spans import COPY, DECIDE, EXPERTS, ISSUE, SEGMENT  # noqa: E402
 
 MIB = 2**20
 
@@ -131,3 +137,63 @@ def test_traffic_is_of_blocks_that_take_a_while(
     assert all(ends[0] <= to and to + block <= ends[1] for to, _, _ in asked)
     assert traffic.ended()
     traffic.finish()
+
+
+def a_run(*marks: tuple[int, int, int, int]) -> Run:
+    """Of one settled step; each mark: how long it took, kind, layer, count."""
+    duration, kind, layer, count = np.array(marks, np.int64).T
+    step = np.full(len(marks), Run.settling)
+    return Run(duration, np.cumsum(duration), kind, layer, count, step)
+
+
+def test_a_batchs_first_launch_costs_its_experts_more() -> None:
+    one = a_run((9, ISSUE, 0, 2), (50, EXPERTS, 0, 9), (99, COPY, 0, 0), (14, EXPERTS, 0, 1))
+    two = a_run(
+        (9, ISSUE, 0, 2), (54, EXPERTS, 0, 11), (99, COPY, 0, 0), (12, EXPERTS, 0, 1),
+        (30, COPY, 0, 0), (16, EXPERTS, 0, 1), (40, ISSUE, 1, 0), (64, EXPERTS, 1, 13),
+    )  # fmt: skip
+    assert one.landings().tolist() == [False, False, False, True]
+    # 14 the landed ones, 56 the others of 11 experts: 42 more for ten.
+    assert rigs._launches_of_batch([one, two]) == (14, 4)
+
+
+def test_a_landing_counts_from_where_its_copy_was_handed_over() -> None:
+    """With others launched before the wait, and where all of an event is missing."""
+    rig = ModelRig.__new__(ModelRig)
+    rig.shape = Shape(1, 4, 1, (1000,))
+    vars(rig)["link"] = LinkTimes(bytes_per_s=10**9, startup_ns=200, gap_ns=0)
+    wait = (1150, COPY, 0, 0), (20, EXPERTS, 0, 1)
+    # 1200 the copy; the launch that is usual takes 15.
+    with_others = a_run((7, DECIDE, 0, 1), (9, ISSUE, 0, 1), (80, EXPERTS, 0, 3), *wait)
+    assert rig._landing_ns(with_others, 15) == 80 + 1150 + 20 - 1200 - 15
+    alone = a_run((7, DECIDE, 0, 1), (9, ISSUE, 0, 1), (1210, COPY, 0, 0), (20, EXPERTS, 0, 1))
+    assert rig._landing_ns(alone, 15) == 1210 + 20 - 1200 - 15
+
+
+def test_pauses_are_left_out_of_a_steady_mean() -> None:
+    assert steady_mean_ns([]) is None
+    assert steady_mean_ns([7]) == 7
+    assert steady_mean_ns([10, 20]) == 15
+    assert steady_mean_ns([10, 20, 45]) == 25  # a layer may well take twice as long as another
+    assert steady_mean_ns([10, 12, 11, 400]) == 11
+
+
+def test_a_top_1_models_events_miss_one_expert_at_most(
+    twin: ReplayModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = ModelRig(Session(twin, 10), 0)
+    rig.shape = Shape(2, 8, 1, (1000, 1000))
+    asked: list[int] = []
+
+    def stop() -> None:
+        raise CalibrationError("its runs are asked for")
+
+    monkeypatch.setattr(rig, "_run_decode", asked.append)
+    monkeypatch.setattr(rig, "_experts_alone", stop)
+    with pytest.raises(CalibrationError, match="asked for"):
+        _ = rig.decode
+    assert asked == [0, 1]
+    for misses in asked:
+        for step in rigs.routing(rig.shape, 3, misses, 2 if misses else 8):
+            assert step.experts is not None
+            assert step.experts.min() >= 0

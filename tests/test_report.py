@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import html
 import json
 import os
 import re
@@ -29,7 +30,7 @@ from sim.report.experts import Popularity, experts_figure, popularity_of
 from sim.report.grid import grid_figure
 from sim.report.looks import looks_of, pitch_of, wrapped
 from sim.report.measured import errors_table, read_validations
-from sim.report.pareto import pareto_figure
+from sim.report.pareto import fronts_figure, pareto_figure
 from sim.report.reproduce import commands_of
 from sim.report.results import Results, read
 from sim.sweeps import load_config
@@ -366,6 +367,22 @@ def test_the_page_reproduces_the_sweep(loaded: Results, page: Page, tmp_path: Pa
     for digest in (loaded.trace_digest, loaded.table_sha256, measured):
         assert digest in page.words
     assert f"moesim report results --validation {VALIDATION}" in page.words
+
+
+def test_the_pages_command_names_a_trace_that_was_named(loaded: Results) -> None:
+    assert dict(commands_of(loaded))["this page"] == "moesim report results"
+    told = dict(commands_of(loaded, (), "other traces/sample"))["this page"]
+    assert shlex.split(told)[-2:] == ["--trace", "other traces/sample"]
+
+
+def test_a_systems_name_is_no_field_of_a_template(loaded: Results) -> None:
+    name = "<b>%{x}</b> %{customdata[0]"
+    figure = fronts_figure([(name, loaded.of_system(loaded.systems[0]))])
+    (line,) = [trace for trace in figure.data if trace.hovertemplate]
+    told, _, rest = line.hovertemplate.partition("<br>")
+    assert "%{" not in told
+    assert html.unescape(told) == name
+    assert "%{customdata[0]}" in rest
 
 
 def test_the_command_of_the_pick_gives_its_time(loaded: Results, moesim: Any) -> None:

@@ -71,6 +71,10 @@ class Run(Marks):
         """Marks of a kind, without those of the first steps."""
         return (self.kind == kind) & (self.step >= self.settling)
 
+    def landings(self) -> npt.NDArray[np.bool_]:
+        """Marks that end launches of what has landed, without those of the first steps."""
+        return self.launched_as_landed() & self.settled(EXPERTS)
+
     @property
     def step_ns(self) -> float:
         """Mean time of a step between its layers."""
@@ -170,7 +174,10 @@ class ModelRig:
     @cached_property
     def decode(self) -> Pass:
         """A decode step of the whole batch: host, segments, head, experts' launches."""
-        runs = {misses: self._run_decode(misses) for misses in sorted({0, 1, 2, self.shape.top_k})}
+        few = min(2, self.shape.top_k)
+        runs = {
+            misses: self._run_decode(misses) for misses in sorted({0, 1, few, self.shape.top_k})
+        }
         experts = self._experts_alone()
         return Pass(
             tokens=self.session.rows,
@@ -206,12 +213,14 @@ class ModelRig:
         # Of runs with one or two misses an event, and means: after a wait, calls take longer than
         # back to back, and what is rare and long costs as much as it takes.
         few = [runs[misses] for misses in (1, min(2, self.shape.top_k))]
-        launch = _mean_of(few, EXPERTS)
+        launch, each = _mean_of(few, EXPERTS), 0
+        if self.session.rows > 1:
+            launch, each = _launches_of_batch(few)
         return HostTimes(
             step_ns=round(float(np.mean([run.step_ns for run in few]))),
             segment_launch_ns=_mean_of(few, SEGMENT),
             experts_launch_ns=launch,
-            launch_each_ns=0,
+            launch_each_ns=each,
             readback_ns=self.readback_ns,
             decision_ns=decisions[0] + idle,
             awaited_ns=_slope(decisions),
@@ -228,8 +237,9 @@ class ModelRig:
         """
         link = self.link
         copy_ns = link.startup_ns + self.shape.bytes_by_layer[0] * 10**9 // link.bytes_per_s
-        waits = np.flatnonzero(run.settled(COPY))
-        since = float((run.end[waits + 1] - run.end[waits - 2]).mean())
+        waits, handed = (np.flatnonzero(run.settled(kind)) for kind in (COPY, ISSUE))
+        issued = handed[np.searchsorted(handed, waits) - 1]
+        since = float((run.end[waits + 1] - run.end[issued]).mean())
         landing_ns = since - copy_ns - launch_ns * run.slowness
         return max(round(landing_ns / run.slowness), 0)
 
@@ -292,7 +302,7 @@ class ModelRig:
         shape, session = self.shape, self.session
         captured = session.captured()
         launches = self._launches(self._pool())
-        traffic = Traffic(session)
+        traffic = Traffic(session)  # while the slots are there: not in their memory
         most, distinct = session.rows * shape.top_k, needed(shape, session.rows)
         slots = (np.arange(most) % distinct).tolist()
 
@@ -332,7 +342,7 @@ class ModelRig:
         from replay.launches import group_launches
 
         kernels = require_kernels(self.session.ready.modules, pool.views)
-        return group_launches(self.session.captured(), kernels)
+        return group_launches(self.session.captured(), kernels, self.session.ready.num_experts)
 
     # ------------------------------------------------------------------ prefill
 
@@ -351,7 +361,10 @@ class ModelRig:
         ]
         tails = [max(tail - self.readback_ns, 0) for tail in tails]
         launches = there.settled(EXPERTS)
-        single = _steady((absent,), lambda run: run.settled(EXPERTS) & (run.count == 1))
+        singles = absent.settled(EXPERTS) & (absent.count == 1)
+        if not singles.any():  # tiny experts land several at a time
+            singles = absent.settled(EXPERTS)
+        single = _steady((absent,), lambda _: singles)
         whole, most = median_ns(there.duration[launches]), float(np.mean(there.count[launches]))
         # Of runs with misses: after waits for copies the same work takes longer (on an H200's host
         # 1.4 times as long) than in a prefill whose experts are all there.
@@ -465,10 +478,27 @@ def held_bytes(session: Session, slots: int) -> int:
     return int(weights + cache + slots * session.ready.layout.nbytes)
 
 
+def _launches_of_batch(runs: Sequence[Run]) -> tuple[int, int]:
+    """Mean time of what is launched as it lands, and how much more each further expert costs.
+
+    A batch's first launch of an event is of many experts, whose slots go another way than those of
+    the few that land at a time.
+    """
+    landed = np.concatenate([run.landings() for run in runs])
+    others = np.concatenate([run.settled(EXPERTS) for run in runs]) & ~landed
+    duration, count = (
+        np.concatenate([getattr(run, name) for run in runs]) for name in ("duration", "count")
+    )
+    alone, first = float(duration[landed].mean()), float(duration[others].mean())
+    further = max(float(count[others].mean()) - 1, 1.0)
+    return round(alone), max(round((first - alone) / further), 0)
+
+
 def _steady(runs: Sequence[Run], chosen: Callable[[Run], npt.NDArray[np.bool_]]) -> int:
     """The steady mean of the runs' chosen marks, together."""
     found = steady_mean_ns(np.concatenate([run.duration[chosen(run)] for run in runs]))
-    assert found is not None
+    if found is None:
+        raise CalibrationError("a calibration run did nothing of what was to be timed")
     return found
 
 

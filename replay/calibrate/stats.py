@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+_PAUSE = 5
 SPREAD = "half the 10-90 percentile range"
 
 Unit = Literal["ns", "bytes", "bytes/s", "flop/s", "fraction"]
@@ -50,15 +51,14 @@ def median_ns(times_ns: npt.ArrayLike) -> int:
 
 
 def steady_mean_ns(times_ns: npt.ArrayLike) -> int | None:
-    """The mean of the middle 90 %; None where there are no times.
+    """The mean, without those more than five times the median; None where there are no times.
 
     Of few, one that was long for another's reasons would count for too much.
     """
-    ordered = np.sort(np.asarray(times_ns, dtype=float))
-    if not len(ordered):
+    times = np.asarray(times_ns, dtype=float)
+    if not len(times):
         return None
-    cut = -(-len(ordered) // 20) if len(ordered) > 2 else 0
-    return round(float(ordered[cut : len(ordered) - cut].mean()))
+    return round(float(times[times <= _PAUSE * np.median(times)].mean()))
 
 
 def rate(amount: float, times_ns: Sequence[float]) -> Value:

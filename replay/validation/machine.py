@@ -148,6 +148,10 @@ def host_times(run: Replayed) -> PolicyTimes:
     refill = float(marks.duration[idle].mean()) if idle.any() else 0.0
     issue = float((marks.duration[handed] / marks.count[handed]).mean()) if handed.any() else 0.0
     steps = decode & (marks.kind == STEP)
+    launches = decode & (marks.kind == EXPERTS)
+    landed = launches & marks.launched_as_landed()
+    if run.setting.workload.max_batch > 1 and landed.any():
+        launches = landed  # what a batch launches first costs its experts more: launch_each_ns
     return PolicyTimes(
         expert_share=expert_share(run.setting.memory, run.setting.geometry),
         decision_ns=max(round(float(level) + refill), 0),
@@ -155,14 +159,14 @@ def host_times(run: Replayed) -> PolicyTimes:
         copy_issue_ns=round(issue),
         step_ns=round(float(marks.duration[steps].sum() / phases.sum())),
         segment_launch_ns=round(float(marks.duration[decode & (marks.kind == SEGMENT)].mean())),
-        experts_launch_ns=round(float(marks.duration[decode & (marks.kind == EXPERTS)].mean())),
+        experts_launch_ns=round(float(marks.duration[launches].mean())),
         prediction_ns=_prediction_ns(run, phases),
         **_prefill_times(run, marks, ~phases),
     )
 
 
 def _prefill_times(run: Replayed, marks: Marks, chosen: npt.NDArray[np.bool_]) -> dict[str, Any]:
-    """What the policy's decisions and predictions take in prefills. ``chosen``: bool [steps]."""
+    """What the policy's prefills take the host. ``chosen``: which steps are ones, bool [steps]."""
     if not chosen.any():
         return {}
     tokens = [step.tokens for step in run.setting.workload.steps() if step.prefill_tokens]
@@ -173,7 +177,7 @@ def _prefill_times(run: Replayed, marks: Marks, chosen: npt.NDArray[np.bool_]) -
         return counted
 
     decided, handed = of(DECIDE), of(ISSUE) & (marks.count > 0)
-    # Steady means: there are few of them, and one long pause would count for a policy's own.
+    # There are few of them, and one long pause would count for a policy's own.
     return {
         "prefill_tokens": round(float(np.mean(tokens))),
         "prefill_decision_ns": steady_mean_ns(marks.duration[decided & first]),

@@ -79,6 +79,11 @@ def plain(text: object) -> str:
     return html.escape(str(text), quote=False)
 
 
+def in_template(text: object) -> str:
+    """:func:`plain` text for what the plotting library fills in: nothing of it is a field."""
+    return plain(text).replace("%{", "&#37;{")
+
+
 def wrapped(text: str, columns: int = _LABEL_COLUMNS) -> str:
     """A label on several short lines, for an axis or a legend."""
     return "<br>".join(plain(line) for line in _lines(text, columns)) or "-"

@@ -81,7 +81,7 @@ def write_report(
     results = read(directory)
     found = read_validations([Path(each) for each in validations], results)
     popularity = popularity_of(results, trace)
-    content = render(results, found, popularity).encode()
+    content = render(results, found, popularity, trace).encode()
     if target.exists() and target.read_bytes() != content:
         raise UserError(f"{target}: another file is there: remove it or name another --out")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -92,8 +92,13 @@ def write_report(
     return target, notes
 
 
-def render(results: Results, validation: Validation | None, popularity: Popularity | str) -> str:
-    """The page as text."""
+def render(
+    results: Results,
+    validation: Validation | None,
+    popularity: Popularity | str,
+    trace: str | None = None,
+) -> str:
+    """The page as text. ``trace``: as for :func:`write_report`."""
     looks = looks_of(results.points)
     asker = results.asker
     answer = asker.answer
@@ -131,7 +136,9 @@ def render(results: Results, validation: Validation | None, popularity: Populari
         experts=_experts(popularity),
         validation=_validation(validation, results),
         file=asker.file,
-        commands=reproduce.commands_of(results, () if validation is None else validation.folders),
+        commands=reproduce.commands_of(
+            results, () if validation is None else validation.folders, trace
+        ),
         versions=_versions(results, validation),
         identity=reproduce.identity_text(results),
         identity_file=reproduce.IDENTITY_FILE,

@@ -12,7 +12,7 @@ from configs.figure_style import INK, LOOKS
 from sim.front import front, without_slivers
 from sim.report.askers import GOAL, Goal
 from sim.report.canvas import FRONT, axis, layout, log_ms_axis, menu
-from sim.report.looks import SYMBOLS, Look, plain, wrapped
+from sim.report.looks import SYMBOLS, Look, in_template, plain, wrapped
 from sim.selection import Row
 from sim.wording import as_gib, as_ms, as_percent
 
@@ -67,7 +67,7 @@ def fronts_figure(fronts: Sequence[tuple[str, pd.DataFrame]], goal: Goal = GOAL)
             line={"color": colour, "dash": _DASHES[number // len(LOOKS) % len(_DASHES)]},
             marker={"size": 9, "symbol": SYMBOLS[number % len(SYMBOLS)], "color": colour},
             customdata=[_told(row, goal) for row in line.to_dict("records")],
-            hovertemplate=f"{plain(name)}<br>{_HOVER}",
+            hovertemplate=f"{in_template(name)}<br>{_HOVER}",
         )
     values = [value for _, line in fronts for value in line["tpot_ms.mean"]]
     figure.update_layout(

@@ -34,13 +34,17 @@ _DEFAULTS = {
 }
 
 
-def commands_of(results: Results, validations: Sequence[Path] = ()) -> list[tuple[str, str]]:
-    """What each command line does, and the line."""
-    measured = [word for folder in validations for word in ("--validation", str(folder))]
+def commands_of(
+    results: Results, validations: Sequence[Path] = (), trace: str | None = None
+) -> list[tuple[str, str]]:
+    """What each command line does, and the line. ``trace``: the page's, if it was named."""
+    named = [word for folder in validations for word in ("--validation", str(folder))]
+    if trace is not None:
+        named += ["--trace", trace]
     asker = results.asker
     lines = [
         ("all points of this page", asker.command),
-        ("this page", shlex.join(["moesim", "report", "results", *measured])),
+        ("this page", shlex.join(["moesim", "report", "results", *named])),
     ]
     for name in results.systems:
         pick = asker.pick(results.of_system(name))
