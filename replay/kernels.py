@@ -245,6 +245,31 @@ def _down(
     tl.store(out + one * width + row, total.to(out.dtype.element_ty), mask=there)
 
 
+@triton.jit
+def _tile_of(
+    places,
+    slots,
+    word_0,
+    word_1,
+    word_2,
+    word_3,
+    expert_0,
+    expert_1,
+    expert_2,
+    expert_3,
+    experts,
+    IN_WORDS: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """The program's slot, how many assignments its tile and those after it have, and the first."""
+    one = tl.program_id(2)
+    slot = _slot_of(one, slots, word_0, word_1, word_2, word_3, IN_WORDS)
+    expert = _in_word(one, expert_0, expert_1, expert_2, expert_3) if IN_WORDS else one
+    done = tl.program_id(1) * BM
+    left = tl.where(slot < 0, 0, tl.load(places + experts + expert) - done)
+    return slot, left, places + 2 * experts + tl.load(places + expert) + done
+
+
 @triton.jit(do_not_specialize=(*WORDS, *EXPERT_WORDS, "experts"))
 def _up_tiles(
     hidden,
@@ -278,16 +303,14 @@ def _up_tiles(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    one = tl.program_id(2)
-    slot = _slot_of(one, slots, word_0, word_1, word_2, word_3, IN_WORDS)
-    expert = _in_word(one, expert_0, expert_1, expert_2, expert_3) if IN_WORDS else one
-    done = tl.program_id(1) * BM
-    left = tl.load(places + experts + expert) - done
-    if (slot < 0) | (left <= 0):
+    slot, left, order = _tile_of(
+        places, slots, word_0, word_1, word_2, word_3, expert_0, expert_1, expert_2, expert_3,
+        experts, IN_WORDS, BM,
+    )  # fmt: skip
+    if left <= 0:
         return
     m = tl.arange(0, BM)
     there = m < left
-    order = places + 2 * experts + tl.load(places + expert) + done
     which = tl.load(order + m, mask=there, other=0).to(tl.int64)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     inside = n < inner
@@ -339,16 +362,14 @@ def _down_tiles(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    one = tl.program_id(2)
-    slot = _slot_of(one, slots, word_0, word_1, word_2, word_3, IN_WORDS)
-    expert = _in_word(one, expert_0, expert_1, expert_2, expert_3) if IN_WORDS else one
-    done = tl.program_id(1) * BM
-    left = tl.load(places + experts + expert) - done
-    if (slot < 0) | (left <= 0):
+    slot, left, order = _tile_of(
+        places, slots, word_0, word_1, word_2, word_3, expert_0, expert_1, expert_2, expert_3,
+        experts, IN_WORDS, BM,
+    )  # fmt: skip
+    if left <= 0:
         return
     m = tl.arange(0, BM)
     there = m < left
-    order = places + 2 * experts + tl.load(places + expert) + done
     which = tl.load(order + m, mask=there, other=0).to(tl.int64)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     inside = n < width

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -34,6 +34,7 @@ _SLOTS_A_WORD = 4
 """Slot numbers are of 16 bits: each word that is written costs the GPU some 2 us."""
 _MOST_SLOTS = 2**15
 _TOO_MANY = MOST_IN_WORDS + 1
+_NO_NUMBERS = (-1,) * MOST_IN_WORDS
 _WARP = 32
 _ALIGNMENT = 16
 """Bytes: Triton compiles a kernel again for pointers that are no multiples of it."""
@@ -81,9 +82,24 @@ def _activations(step: CapturedStep, kernels: Sequence[GatedExperts]) -> torch.T
     return torch.empty((len(edge.out), inner), dtype=edge.hidden.dtype, device=edge.hidden.device)
 
 
-def word_places(words: ctypes.Array[ctypes.c_char]) -> list[int]:
-    """Addresses of the words of 32 bits in a buffer."""
-    return [ctypes.addressof(words) + at for at in range(0, len(words), 4)]
+class Words:
+    """Slots and whose each is, up to eight, in host memory that launches read as they are made.
+
+    ``names``: of the kernel's arguments of 32 bits, those of slots first. ``places``: where each
+    lies.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.buffer = ctypes.create_string_buffer(4 * len(names))
+        self._write = struct.Struct(f"<{2 * MOST_IN_WORDS}h").pack_into
+        begin = ctypes.addressof(self.buffer)
+        self.places = {name: begin + 4 * index for index, name in enumerate(names)}
+        self.name({})
+
+    def name(self, slots: Mapping[int, int]) -> None:
+        """Slot by whom it is for."""
+        missing = _NO_NUMBERS[len(slots) :]
+        self._write(self.buffer, 0, *slots.values(), *missing, *slots, *missing)
 
 
 class BoundKernel:
@@ -149,13 +165,9 @@ class NamedSlots:
 
     def __init__(self, step: CapturedStep, kernels: Sequence[GatedExperts]) -> None:
         count = min(len(step.boundaries[0].out), MOST_IN_WORDS)
-        self._words = ctypes.create_string_buffer(4 * (len(WORDS) + len(PLACE_WORDS)))
-        nothing = named_words({})
-        struct.pack_into("<8i", self._words, 0, *nothing)
-        self._name(range(count))
+        self._words = Words((*WORDS, *PLACE_WORDS))
+        self._words.name(dict.fromkeys(range(count), -1))
         self._write = struct.Struct(f"<{count}h").pack_into
-        names = (*WORDS, *PLACE_WORDS)
-        words_at = dict(zip(names, word_places(self._words), strict=True))
         stream = torch.cuda.current_stream().cuda_stream
         self._act = _activations(step, kernels)
         unread = torch.empty(
@@ -165,24 +177,18 @@ class NamedSlots:
         self._launches = []
         for layer, kernel in enumerate(kernels):
             edge = step.boundaries[layer]
-            pair = kernel.launch(edge.hidden, unread, self._act, edge.out, nothing)
-            up, down = (BoundKernel(each, stream, words_at) for each in pair)
+            pair = kernel.launch(edge.hidden, unread, self._act, edge.out, named_words({}))
+            up, down = (BoundKernel(each, stream, self._words.places) for each in pair)
             self._launches.append((up.launch, down.launch))
             self._kept += [up, down]
         torch.cuda.synchronize()
 
     def launch(self, layer: int, group: int, slots: Sequence[int]) -> None:
         """As :meth:`GroupLaunches.launch`."""
-        self._write(self._words, 0, *slots)
+        self._write(self._words.buffer, 0, *slots)
         up, down = self._launches[layer]
         up()
         down()
-
-    def _name(self, places: Iterable[int]) -> None:
-        """The assignments that the slots are of."""
-        named = list(places)
-        missing = [-1] * (MOST_IN_WORDS - len(named))
-        struct.pack_into("<8h", self._words, 4 * len(WORDS), *named, *missing)
 
 
 class PlacedSlots(NamedSlots):
@@ -199,18 +205,16 @@ class PlacedSlots(NamedSlots):
         """As :meth:`GroupLaunches.launch`."""
         if group == 0:
             self._large = 0
-        places = [place for place, slot in enumerate(slots) if slot >= 0]
-        if not places:
+        named = {place: slot for place, slot in enumerate(slots) if slot >= 0}
+        if not named:
             return
-        if len(places) > MOST_IN_WORDS:
+        if len(named) > MOST_IN_WORDS:
             self._written.launch(layer, self._large, slots)
             self._large += 1
             return
-        self._name(places)
-        missing = [-1] * (MOST_IN_WORDS - len(places))
-        self._write(self._words, 0, *[slots[place] for place in places], *missing)
+        self._words.name(named)
         for kernel in self._launches[layer]:
-            kernel.resize((len(places),))
+            kernel.resize((len(named),))
             kernel()
 
 

@@ -75,8 +75,7 @@ class Measured:
     :class:`replay.ledger.Ledger` has them. Of ``times``, segments and experts are not told apart.
     ``tokens``: the model's greedy choice after every step, whatever text was forced on it, one for
     each request of the step. ``logits``: likewise, [vocabulary], float32 on the host, if they were
-    to be kept. ``routing``: the executed
-    ids [rows, k] of every event, if they were to be kept.
+    to be kept. ``routing``: the executed ids [rows, k] of every event, if they were to be kept.
     """
 
     times: StepTimes = field(default_factory=StepTimes)

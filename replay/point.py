@@ -182,11 +182,8 @@ def _metrics(setting: Setting, core: DecisionCore, measured: Measured) -> dict[s
     # What the device did in between is told by the ledger.
     nothing = [0] * len(times.end)
     times.segments, times.experts = nothing, nothing
-    metrics = collect(setting.workload, times, core.tally, 0)
+    metrics = collect(setting.workload, times, core.tally, 0, measured.apart_ns)
     del metrics["link_busy_share"]
-    span_ns = times.end[-1] - times.begin[0] - measured.apart_ns
-    metrics["duration_ms"] = span_ns / 1e6
-    metrics["tokens_per_s"] = setting.workload.num_tokens / span_ns * 1e9
     return metrics
 
 

@@ -9,7 +9,6 @@ each takes the host three to seven times as long (docs/decisions.md has the time
 from __future__ import annotations
 
 import ctypes
-import struct
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -26,14 +25,18 @@ from replay.kernels import (
     GatedExperts,
     fetch,
 )
-from replay.launches import BoundKernel, word_places
+from replay.launches import BoundKernel, Words
 
 _MOST_SLOTS = 2**15
-_NO_NUMBERS = (-1,) * MOST_IN_WORDS
 
 Ints = npt.NDArray[np.int32]
 Group = Mapping[int, int] | torch.Tensor
 """As :meth:`replay.kernels.GatedExperts.launch_tiles` has it."""
+
+
+def _aligned(size: int) -> int:
+    """At least ``size`` numbers, after which the next ones are aligned."""
+    return -(-size // ALIGNED) * ALIGNED
 
 
 class Fetched:
@@ -64,7 +67,7 @@ class Fetched:
         where = slice(self._used, self._used + size)
         if where.stop > len(self._host):
             raise ValueError(f"{where.stop} numbers were taken, there are {len(self._host)}")
-        self._used += -(-size // ALIGNED) * ALIGNED
+        self._used += _aligned(size)
         return self._numbers[where], where
 
     def bring(self, where: slice) -> torch.Tensor:
@@ -91,11 +94,7 @@ class TileLaunches:
     def __init__(self, kernel: GatedExperts, experts: int, top_k: int, like: torch.Tensor) -> None:
         self._columns = kernel.tile_columns
         self._dtype = like.dtype
-        self._words = ctypes.create_string_buffer(4 * (len(WORDS) + len(EXPERT_WORDS)))
-        self._write = struct.Struct(f"<{2 * MOST_IN_WORDS}h").pack_into
-        self._write(self._words, 0, *_NO_NUMBERS, *_NO_NUMBERS)
-        names = (*WORDS, *EXPERT_WORDS)
-        places_at = dict(zip(names, word_places(self._words), strict=True))
+        self._words = Words((*WORDS, *EXPERT_WORDS))
         stream = torch.cuda.current_stream().cuda_stream
         out = like.repeat_interleave(top_k, 0)
         act = torch.empty((len(out), kernel.inner), dtype=like.dtype, device=like.device)
@@ -108,8 +107,8 @@ class TileLaunches:
                     like, nothing, experts, group, act, out, tile_rows=rows, most=1
                 )
                 self._bound[rows, isinstance(group, dict)] = (
-                    BoundKernel(up, stream, places_at),
-                    BoundKernel(down, stream, places_at),
+                    BoundKernel(up, stream, self._words.places),
+                    BoundKernel(down, stream, self._words.places),
                 )
         torch.cuda.synchronize()
 
@@ -138,8 +137,7 @@ class TileLaunches:
             slots, count = group, experts
         else:
             slots, count = places, len(group)
-            missing = _NO_NUMBERS[count:]
-            self._write(self._words, 0, *group.values(), *missing, *group, *missing)
+            self._words.name(group)
         up.point("hidden", hidden)
         down.point("out", out)
         rows = -(-most // tile_rows)
@@ -195,7 +193,7 @@ class TileEvent:
 
     def restart(self) -> None:
         """Launch over its experts again; the device has run what was launched."""
-        self._fetched.restart(-(-len(self._places) // ALIGNED) * ALIGNED)
+        self._fetched.restart(_aligned(len(self._places)))
 
     def launch(self, slots: Mapping[int, int]) -> None:
         """Compute experts, each in its slot."""
@@ -231,7 +229,7 @@ class TileExperts:
 
     def __init__(self, kernel: GatedExperts, experts: int, top_k: int, tokens: int = 0) -> None:
         self._kernel = kernel
-        self._experts = -(-experts // ALIGNED) * ALIGNED
+        self._experts = _aligned(experts)
         weights = kernel.gate_up
         self._device = weights.device
         self._launches: TileLaunches | GatedExperts = kernel

@@ -160,9 +160,14 @@ def transfers(tally: Tally) -> dict[str, Any]:
     }
 
 
-def collect(work: Workload, times: StepTimes, tally: Tally, link_busy_ns: int) -> dict[str, Any]:
-    """All metrics of a finished run, nested, JSON-ready."""
-    span_ns = times.end[-1] - times.begin[0]
+def collect(
+    work: Workload, times: StepTimes, tally: Tally, link_busy_ns: int, apart_ns: int = 0
+) -> dict[str, Any]:
+    """All metrics of a finished run, nested, JSON-ready.
+
+    ``apart_ns``: time between steps that is not the run's.
+    """
+    span_ns = times.end[-1] - times.begin[0] - apart_ns
     decode_tokens = int((work.phase_of_row == DECODE).sum())
     return {
         "requests": len(set(work.request_of_row.tolist())),
