@@ -137,7 +137,8 @@ class PolicyTimes(_Strict):
     """Host time in runs of one policy, in place of that of the pass.
 
     ``step_ns``, ``segment_launch_ns``, ``experts_launch_ns``: in decode steps only, since after
-    long waits and much work in between the same call takes longer. ``prediction_ns``: when a
+    long waits and much work in between the same call takes longer. ``next_wave_ns``: of a decode
+    step's decision about an event's later waves, beside ``awaited_ns``. ``prediction_ns``: when a
     finished prediction takes effect within a wait. ``prefill_...``: in prefills of
     ``prefill_tokens`` tokens in the mean: of a first wave's decision with all that it awaits, of a
     later one's, of a prediction, a step, a segment's launch, a launch of one expert, and a copy's
@@ -153,6 +154,7 @@ class PolicyTimes(_Strict):
     step_ns: Ns | None = None
     segment_launch_ns: Ns | None = None
     experts_launch_ns: Ns | None = None
+    next_wave_ns: Ns | None = None
     prediction_ns: Ns | None = None
     prefill_tokens: int | None = Field(default=None, ge=1)
     prefill_decision_ns: Ns | None = None
@@ -189,6 +191,7 @@ def _between(low: PolicyTimes, high: PolicyTimes, expert_share: float) -> Policy
 
 
 _RARE = (
+    "next_wave_ns",
     "prediction_ns",
     "prefill_next_wave_ns",
     "prefill_prediction_ns",

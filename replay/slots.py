@@ -54,6 +54,7 @@ class CopyEngine:
 
     On CUDA, copies run on a stream of their own; a chunk has landed once its event is reached. On a
     CPU a chunk is there as soon as it is handed over. ``chunks``, ``nbytes``: handed over so far.
+    ``landed_at_ns``: when the host saw the last landing.
     ``scale``: every chunk is followed by ``scale`` - 1 times its bytes into a scratch area, as if
     the link were so much slower; CUDA only. ``poison``: a slot holds NaNs from where a copy to it
     is handed over until its bytes are there, so that what is computed too early shows.
@@ -78,7 +79,7 @@ class CopyEngine:
         self._flights: deque[tuple[Copy, int, int]] = deque()
         #: chunks from their hand-over, or the landing before, to where the host saw them landed
         self.spans: list[ChunkSpan] = []
-        self._last_landed = 0
+        self.landed_at_ns = 0
         self.cuda = pool.memory.is_cuda
         self._stream = torch.cuda.Stream() if self.cuda else None
         self._copies = (
@@ -126,8 +127,8 @@ class CopyEngine:
         while flights and (copies is None or copies.landed(flights[0][1])):
             copy, _, handed = flights.popleft()
             now = perf_counter_ns()
-            begin = max(handed, self._last_landed)
-            self._last_landed = now
+            begin = max(handed, self.landed_at_ns)
+            self.landed_at_ns = now
             self.spans.append(ChunkSpan(copy.key, copy.source, copy.demand, begin, now))
             self._core.chunk_done(copy)
             landed = True

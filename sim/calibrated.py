@@ -256,6 +256,6 @@ def _with_prefills(costs: HostCosts, own: PolicyTimes, measured_at: HostCosts) -
 
 def _with_decode_steps(costs: HostCosts, own: PolicyTimes) -> HostCosts:
     """What the policy's decode steps take beside its decisions, as far as it was measured."""
-    names = ("step_ns", "segment_launch_ns", "experts_launch_ns")
+    names = ("step_ns", "segment_launch_ns", "experts_launch_ns", "next_wave_ns")
     known = {name: getattr(own, name) for name in names if getattr(own, name) is not None}
     return replace(costs, **known)

@@ -24,6 +24,7 @@ from sim.machine import Machine
 from sim.point import Point, inputs_for, run_point
 from sim.sweeps import SweepConfig, sweep
 from sim.timing import HostCosts
+from tests.cases import Case, OddTiming, make_columns, make_shape
 from tests.driver import (
     EXPERT_BYTES,
     GivenFit,
@@ -41,7 +42,7 @@ from tests.driver import (
 from tests.machines import FlatTiming
 from tests.made_up import all_data
 from tests.reference.plain_model import PlainModel
-from tests.test_plain_model import Case, OddTiming, make_columns, make_shape, outcome
+from tests.test_plain_model import outcome
 from tests.traces import make_trace
 from tracer.trace import Trace
 from tracer.workload import Workload

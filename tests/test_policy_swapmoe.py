@@ -31,6 +31,7 @@ from sim.inputs import Inputs
 from sim.machine import Machine
 from sim.metrics import counts, quality
 from sim.point import Point, run_point
+from tests.cases import Case, make_columns, make_shape
 from tests.driver import (
     GivenFit,
     GivenSignals,
@@ -47,7 +48,7 @@ from tests.driver import (
 from tests.made_up import all_data, fit_of, signals_of
 from tests.on_sample import EXPERT_BYTES
 from tests.reference.plain_model import PlainModel
-from tests.test_plain_model import TIMINGS, Case, make_columns, make_shape, outcome
+from tests.test_plain_model import TIMINGS, outcome
 from tracer.trace import Trace
 from tracer.workload import Workload
 

@@ -34,6 +34,7 @@ from replay.point import (  # noqa: E402
     replay_point,
 )
 from replay.slots import SlotRaceError  # noqa: E402
+from replay.validation.machine import host_times  # noqa: E402
 from sim.inputs import Inputs  # noqa: E402
 from sim.point import Point, make_core, resolve_point  # noqa: E402
 from tests.machines import FlatTiming  # noqa: E402
@@ -133,6 +134,20 @@ def test_the_simulator_decides_what_the_device_decided_for_a_batch(recorded: Rec
     assert found.result["tokens"] == simulated.result["tokens"]
     for name in ("ttft_ms", "tpot_ms"):
         assert found.result[name]["mean"] > 0
+
+
+def test_later_waves_of_a_batchs_decode_steps_have_decisions_of_their_own(
+    recorded: Recorded,
+) -> None:
+    """12.5 % are eight slots a layer; three tokens need up to 24 experts."""
+    found = replay_point(recorded.session, recorded.inputs, point("lru", "12.5%"))
+    decode = found.result["decode"]
+    assert decode["waves"] > decode["events"]
+    times = host_times(found)
+    assert times.next_wave_ns is not None
+    assert 0 < times.next_wave_ns < times.decision_ns + 8 * times.awaited_ns
+    roomy = host_times(replay_point(recorded.session, recorded.inputs, point("lru", "50%")))
+    assert roomy.next_wave_ns is None
 
 
 # ---------------------------------------------------------------------- experts on the CPU

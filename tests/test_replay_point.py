@@ -21,7 +21,7 @@ from replay.breakdown import predictions_ns  # noqa: E402
 from replay.model import ReplayModel, from_checkpoint  # noqa: E402
 from replay.play import Session  # noqa: E402
 from replay.point import Replayed, decisions, predict_point, replay_point  # noqa: E402
-from replay.validation.machine import _mean_times, host_times  # noqa: E402
+from replay.validation.machine import _line, _mean_times, host_times  # noqa: E402
 from sim.inputs import Inputs  # noqa: E402
 from sim.point import Point  # noqa: E402
 from tests.machines import FlatTiming  # noqa: E402
@@ -128,6 +128,23 @@ def test_a_policys_host_times_are_of_decode_steps_and_of_prefills_apart(
     # What one run has not counts for nothing in the mean.
     mean = _mean_times([times, times.model_copy(update={"prediction_ns": None})])
     assert mean == times
+
+
+@pytest.mark.parametrize(
+    ("counts", "times", "expected"),
+    [
+        ([1, 2, 4], [7.0, 9.0, 13.0], (5.0, 2.0)),
+        ([2, 2], [7.0, 9.0], (8.0, 0.0)),  # nothing says what one more costs
+        ([1, 3], [9.0, 5.0], (7.0, 0.0)),  # more awaited cannot cost less
+        ([2, 4], [1.0, 9.0], (0.0, 5 / 3)),  # none awaited cannot cost less than nothing
+    ],
+)
+def test_a_line_through_decisions_keeps_their_mean(
+    counts: list[int], times: list[float], expected: tuple[float, float]
+) -> None:
+    level, slope = _line(np.array(counts), np.array(times))
+    assert (level, slope) == pytest.approx(expected)
+    assert level + slope * np.mean(counts) == pytest.approx(np.mean(times))
 
 
 def test_what_the_engine_cannot_run_is_said(session: Session, inputs: Inputs) -> None:

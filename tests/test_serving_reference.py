@@ -13,7 +13,7 @@ from sim.serving.machine import rules_of
 from sim.serving.stage import EventMaker
 from tests.reference.plain_serving import Job, plain_serving
 from tests.served import RowTiming, all_of, at, run, users, workload
-from tracer.workload import TOUCH_ORDERS, distinct
+from tracer.workload import TOUCH_ORDERS, distinct, touched
 
 TIMES = ("arrival", "scheduled", "first_token", "first_decode", "finish")
 #: beside a segment: the experts' launch and the head
@@ -105,3 +105,16 @@ def test_events_of_drawn_rows_are_those_of_a_recorded_step(order: str, seed: int
             assert maker.one(int(chosen[0])) == recorded.step(0)
         else:
             assert maker.several(chosen) == (recorded.step(0), recorded.step_counts(0))
+
+
+@given(
+    st.lists(st.permutations(range(9)).map(lambda ids: ids[:4]), min_size=1, max_size=12),
+    st.sampled_from([*TOUCH_ORDERS, "best-first"]),
+)
+def test_few_tokens_are_counted_as_arrays_count_them(rows: list[list[int]], order: str) -> None:
+    recorded = distinct(np.array(rows)[:, None], np.zeros(len(rows), np.int64), 1, 9, order)
+    found = touched(rows, order)
+    assert (list(found), list(found.values())) == (
+        recorded.step(0)[0],
+        recorded.step_counts(0)[0],
+    )

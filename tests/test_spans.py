@@ -22,7 +22,7 @@ from sim.spans import (
 )
 from sim.timing import HostCosts, LinkCosts
 from sim.traced import TracedMachine
-from tests.test_plain_model import Case, OddTiming, make_columns, make_core, make_shape
+from tests.cases import Case, OddTiming, make_columns, make_core, make_shape
 from tracer.workload import Workload
 
 CASES = {

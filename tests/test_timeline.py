@@ -22,8 +22,8 @@ from sim.stretch import Stretch, simulate_stretch
 from sim.timing import HostCosts, LinkCosts
 from sim.traced import TracedMachine
 from sim.watched import DEMAND, IN_TIME, LATE, OUTCOMES, WASTED, WatchedCore
+from tests.cases import Case, OddTiming, make_columns, make_core, make_shape
 from tests.given import ON_CPU
-from tests.test_plain_model import Case, OddTiming, make_columns, make_core, make_shape
 from tests.traces import make_trace
 from tracer.trace import Trace
 from tracer.workload import Workload

@@ -339,10 +339,14 @@ def test_a_policys_steps_are_its_own_in_decode_only() -> None:
         step_ns=70_000,
         segment_launch_ns=60_000,
         experts_launch_ns=50_000,
+        next_wave_ns=40_000,
     )
     plain = timing(model_times())
     found = timing(model_times(policies={"slow": slow}), policy="slow")
     decode, prefill = found.host_for(1), found.host_for(64)
+    assert decode.gate_ns(3, first=False) == 40_000 + 3 * 7
+    assert decode.gate_ns(3) == decode.decision_ns + 3 * 7
+    assert prefill.next_wave_ns == plain.host_for(64).next_wave_ns
     assert (decode.step_ns, decode.segment_launch_ns) == (70_000, 60_000)
     assert decode.experts_launch_ns == 50_000
     assert prefill.experts_launch_ns == plain.host_for(64).experts_launch_ns

@@ -91,8 +91,7 @@ def distinct(
     non-decreasing, in [0, steps). Touch order by ``last-use`` (token, then rank) reproduces a
     real engine's log to the last access; ``first-use`` and ``id`` are the alternatives.
     """
-    if order not in (*TOUCH_ORDERS, "best-first"):
-        raise UserError(f"touch order '{order}' is unknown: choose {', '.join(TOUCH_ORDERS)}")
+    _check_order(order)
     rows, layers, _ = experts.shape
     starts = np.searchsorted(step_of_row, np.arange(steps + 1))
     if rows == steps and order != "id" and bool((np.diff(starts) == 1).all()):
@@ -110,6 +109,28 @@ def distinct(
         )
         first = last
     return _join(blocks, layers, _key_dtype(layers * num_experts))
+
+
+def touched(rows: Sequence[Sequence[int]], order: str) -> dict[int, int]:
+    """Distinct experts of one event, in touch order, and how many tokens each is assigned.
+
+    As :func:`distinct` has them, for few tokens in a tenth of the time. ``rows``: of each token the
+    experts by rank. Raises UserError for an order that is unknown.
+    """
+    _check_order(order)
+    tokens: dict[int, int] = {}
+    for row in zip(*rows, strict=True) if order == "best-first" else rows:
+        for expert in row:
+            if order == "last-use":
+                tokens[expert] = tokens.pop(expert, 0) + 1
+            else:
+                tokens[expert] = tokens.get(expert, 0) + 1
+    return dict(sorted(tokens.items())) if order == "id" else tokens
+
+
+def _check_order(order: str) -> None:
+    if order not in (*TOUCH_ORDERS, "best-first"):
+        raise UserError(f"touch order '{order}' is unknown: choose {', '.join(TOUCH_ORDERS)}")
 
 
 def _key_dtype(size: int) -> Any:

@@ -139,12 +139,13 @@ def host_times(run: Replayed) -> PolicyTimes:
     marks = Marks.of(run.measured).at_usual_speed(run.measured.host_loop_ns)
     phases = np.array([step.prefill_tokens == 0 for step in run.setting.workload.steps()])
     decode = marks.within(phases)
-    decided = decode & (marks.kind == DECIDE)
-    counts, times = marks.count[decided], marks.duration[decided]
+    decided, first = decode & (marks.kind == DECIDE), marks.first_waves()
     handed = decode & (marks.kind == ISSUE) & (marks.count > 0)
     idle = decode & (marks.kind == ISSUE) & (marks.count == 0)
     # Means: what is rare and long costs as much as it takes.
-    slope, level = np.polyfit(counts, times, 1) if len(set(counts)) > 1 else (0.0, times.mean())
+    level, slope = _line(marks.count[decided & first], marks.duration[decided & first])
+    later = decided & ~first
+    beside = marks.duration[later] - slope * marks.count[later]
     refill = float(marks.duration[idle].mean()) if idle.any() else 0.0
     issue = float((marks.duration[handed] / marks.count[handed]).mean()) if handed.any() else 0.0
     steps = decode & (marks.kind == STEP)
@@ -154,8 +155,9 @@ def host_times(run: Replayed) -> PolicyTimes:
         launches = landed  # what a batch launches first costs its experts more: launch_each_ns
     return PolicyTimes(
         expert_share=expert_share(run.setting.memory, run.setting.geometry),
-        decision_ns=max(round(float(level) + refill), 0),
-        awaited_ns=max(round(float(slope)), 0),
+        decision_ns=round(level + refill),
+        awaited_ns=round(slope),
+        next_wave_ns=max(round(float(beside.mean()) + refill), 0) if later.any() else None,
         copy_issue_ns=round(issue),
         step_ns=round(float(marks.duration[steps].sum() / phases.sum())),
         segment_launch_ns=round(float(marks.duration[decode & (marks.kind == SEGMENT)].mean())),
@@ -163,6 +165,16 @@ def host_times(run: Replayed) -> PolicyTimes:
         prediction_ns=_prediction_ns(run, phases),
         **_prefill_times(run, marks, ~phases),
     )
+
+
+def _line(counts: npt.NDArray[Any], times: npt.NDArray[Any]) -> tuple[float, float]:
+    """Level and slope of a line through times by count: neither is negative, the mean is kept."""
+    count, mean = float(counts.mean()), float(times.mean())
+    slope = float(np.polyfit(counts, times, 1)[0]) if len(set(counts.tolist())) > 1 else 0.0
+    slope = max(slope, 0.0)
+    if slope * count > mean:
+        return 0.0, mean / count
+    return mean - slope * count, slope
 
 
 def _prefill_times(run: Replayed, marks: Marks, chosen: npt.NDArray[np.bool_]) -> dict[str, Any]:

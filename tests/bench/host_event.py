@@ -37,6 +37,7 @@ class AtOnce:
     """Copies that have landed when the host looks next."""
 
     cuda = False
+    landed_at_ns = 0
 
     def __init__(self, core: DecisionCore) -> None:
         self.chunks = 0
