@@ -58,10 +58,10 @@ class Driver:
         self.copies = copies
         self._touch_order = touch_order
         self._reached = torch.cuda.Event() if copies.cuda else None
+        #: on the device, where a wait for a copy begins: once it has run what was launched
+        self._dry = torch.cuda.Event(enable_timing=True) if copies.cuda else None
         self._experts = core.shape.experts
         self._previous = -1
-        #: launched anything since the device was last known to be idle
-        self._launched = False
         self.ledger = Ledger()
         self.stall_late_ns = self.stall_miss_ns = self.stall_cpu_ns = 0
         self.lane: CpuLane | None = None
@@ -145,7 +145,6 @@ class Driver:
         self.spin()
         while event is not None and not event.query():
             self.spin()
-        self._launched = False
         self.ledger.mark(GPU, layer)
 
     def spin(self) -> None:
@@ -180,7 +179,6 @@ class Driver:
 
     def _launch(self, layer: int, group: Sequence[int], launch: Launch) -> None:
         launch(group)
-        self._launched = True
         self.ledger.mark(EXPERTS, layer, len(group))
 
     def _as_they_land(self, layer: int, waiting: int, launch: Launch) -> None:
@@ -207,36 +205,43 @@ class Driver:
         self.core.landed.clear()
 
     def _spin_for(self, layer: int, key: int | None) -> None:
-        """Poll until ``key`` (None: any awaited expert) is there; book the device's idleness."""
-        landed, state = self.core.landed, self.core.memory.state
-        if key is None:
-            idle_ns = self._await(lambda: bool(landed), COPY, layer)
+        """Poll until ``key`` (None: any awaited expert) is there; book the device's idleness.
+
+        It ends with the landing: what the host does then is no stall. A wait whose condition holds
+        when it begins has none.
+        """
+        landed, state, dry = self.core.landed, self.core.memory.state, self._dry
+        began = perf_counter_ns()
+        if dry is not None:
+            dry.record()
+        self.spin()
+        waited = False
+        while not (landed if key is None else state[key] == RESIDENT):
+            waited = True
+            self.spin()
+        self.ledger.mark(COPY, layer)
+        if dry is not None:
+            idle_ns = self.copies.idle_ns(dry)
         else:
-            idle_ns = self._await(lambda: state[key] == RESIDENT, COPY, layer)
-        if idle_ns:
+            idle_ns = self.copies.landed_at_ns - began if waited else 0
+        if idle_ns > 0:
             self._book_stall(landed[-1], idle_ns)
 
-    def _await(self, done: Callable[[], bool], kind: int, layer: int) -> int:
-        """Spin until ``done`` and mark it; ns for which the device has had nothing to run.
-
-        Until the landing that is waited for, or the CPU's result: what the host does then is no
-        stall. A wait whose condition holds when it begins has none.
-        """
-        dry = self._reached if self._launched else None
+    def _spin_for_cpu(self, lane: CpuLane, layer: int) -> int:
+        """Poll until the lane is done; ns for which the device has had nothing to run."""
+        dry = self._reached
         if dry is not None:
             dry.record()
         idle_from = perf_counter_ns() if dry is None else 0
         self.spin()
         waited = False
-        while not done():
+        while not lane.done():
             waited = True
             if not idle_from and dry is not None and dry.query():
                 idle_from = perf_counter_ns()
             self.spin()
-        until = self.ledger.mark(kind, layer)
-        if kind == COPY:
-            until = self.copies.landed_at_ns
-        return max(until - idle_from, 0) if waited and idle_from else 0
+        now = self.ledger.mark(CPU, layer)
+        return now - idle_from if waited and idle_from else 0
 
     def _start_cpu(self, layer: int, keys: Sequence[int], rows: Rows) -> None:
         assert self.lane is not None
@@ -248,7 +253,7 @@ class Driver:
         """Poll until the CPU is done, and launch what adds its result."""
         lane = self.lane
         assert lane is not None
-        self.stall_cpu_ns += self._await(lane.done, CPU, layer)
+        self.stall_cpu_ns += self._spin_for_cpu(lane, layer)
         lane.finish(rows.out)
         self.ledger.mark(EXPERTS, layer, experts)
 

@@ -247,14 +247,11 @@ class GraphEngine:
         edge = self.step.boundaries[layer]
         placed = self._placed(edge, ids)
         flat = placed.reshape(-1).tolist()
-        group = 0
 
         def launch(keys: Sequence[int]) -> None:
-            nonlocal group
             chosen = {key - base: slot_of[key] for key in keys}
             slots = [chosen.get(expert, -1) for expert in flat]
-            self._launches.launch(layer, group, slots)
-            group += 1
+            self._launches.launch(layer, slots)
 
         self.driver.event(layer, ids, launch, Rows(edge.hidden, edge.out, placed))
 

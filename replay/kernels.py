@@ -27,6 +27,9 @@ WORDS = ("word_0", "word_1", "word_2", "word_3")
 PLACE_WORDS = ("place_0", "place_1", "place_2", "place_3")
 EXPERT_WORDS = ("expert_0", "expert_1", "expert_2", "expert_3")
 
+NUMBERS = tuple(f"number_{index}" for index in range(16))
+"""Arguments of :func:`store`."""
+
 TILE_ROWS = (16, 32, 64)
 TILE_COLUMNS, TILE_DEPTH = 64, 64
 ALIGNED = 4
@@ -652,3 +655,47 @@ def fetch(source: torch.Tensor, target: torch.Tensor) -> Launched:
     arguments = {"source": source, "target": target, "count": len(source), "BLOCK": FETCHED}
     grid = (triton.cdiv(len(source), FETCHED),)
     return Launched(_fetch[grid](**arguments), grid, arguments)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def _store(
+    target,
+    number_0,
+    number_1,
+    number_2,
+    number_3,
+    number_4,
+    number_5,
+    number_6,
+    number_7,
+    number_8,
+    number_9,
+    number_10,
+    number_11,
+    number_12,
+    number_13,
+    number_14,
+    number_15,
+):
+    tl.store(target + 0, number_0)
+    tl.store(target + 1, number_1)
+    tl.store(target + 2, number_2)
+    tl.store(target + 3, number_3)
+    tl.store(target + 4, number_4)
+    tl.store(target + 5, number_5)
+    tl.store(target + 6, number_6)
+    tl.store(target + 7, number_7)
+    tl.store(target + 8, number_8)
+    tl.store(target + 9, number_9)
+    tl.store(target + 10, number_10)
+    tl.store(target + 11, number_11)
+    tl.store(target + 12, number_12)
+    tl.store(target + 13, number_13)
+    tl.store(target + 14, number_14)
+    tl.store(target + 15, number_15)
+
+
+def store(target: torch.Tensor, numbers: Sequence[int]) -> Launched:
+    """``target[:] = numbers``, int32 [16], which travel in the launch's arguments."""
+    arguments = {"target": target, **dict(zip(NUMBERS, numbers, strict=True))}
+    return Launched(_store[(1,)](**arguments, num_warps=1), (1,), arguments)

@@ -2,8 +2,8 @@
 
 How slot numbers get to a kernel decides what a launch costs. They travel in the launch's own
 arguments where they fit (16 bits each, eight of them: all of one request's top-8, of a batch what
-lands one by one), else in a write to device memory before it. A copy from pinned memory would cross
-the link beside the experts.
+lands one by one), else in those of a small kernel before it, which stores them on the device. A
+copy from pinned memory would cross the link beside the experts.
 """
 
 from __future__ import annotations
@@ -13,27 +13,25 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 
 from configs.errors import UserError
-from replay.cuda_driver import KernelLaunch, SmallWrites
+from replay.cuda_driver import KernelLaunch
 from replay.gated import MOST_IN_WORDS
 from replay.kernels import (
+    NUMBERS,
     PLACE_WORDS,
     WORDS,
     GatedExperts,
     Launched,
     named_words,
+    store,
 )
 
 if TYPE_CHECKING:
     from replay.graphs import CapturedStep
 
-_SLOTS_A_WORD = 4
-"""Slot numbers are of 16 bits: each word that is written costs the GPU some 2 us."""
 _MOST_SLOTS = 2**15
-_TOO_MANY = MOST_IN_WORDS + 1
 _NO_NUMBERS = (-1,) * MOST_IN_WORDS
 _WARP = 32
 _ALIGNMENT = 16
@@ -43,16 +41,11 @@ _ALIGNMENT = 16
 class GroupLaunches(Protocol):
     """Launches of all layers of a step."""
 
-    def launch(self, layer: int, group: int, slots: Sequence[int]) -> None:
-        """Compute the assignments whose slot is named, -1 elsewhere; one for each, in order.
-
-        ``group``: which of the event's launches this is, from 0.
-        """
+    def launch(self, layer: int, slots: Sequence[int]) -> None:
+        """Compute the assignments whose slot is named, -1 elsewhere; one for each, in order."""
 
 
-def group_launches(
-    step: CapturedStep, kernels: Sequence[GatedExperts], experts: int
-) -> GroupLaunches:
+def group_launches(step: CapturedStep, kernels: Sequence[GatedExperts]) -> GroupLaunches:
     """The quickest that can name a slot for every assignment of the step.
 
     Raises UserError for more slots, or more assignments, than can be named.
@@ -70,9 +63,7 @@ def group_launches(
             f"{assignments} experts are computed in a step: the engine numbers up to "
             f"{_MOST_SLOTS}, give a trace of smaller batches"
         )
-    # Of an event's groups so many may be too large for a launch's arguments; each has an expert.
-    large = min(assignments // _TOO_MANY, experts)
-    return PlacedSlots(step, kernels, WrittenSlots(step, kernels, large))
+    return PlacedSlots(step, kernels, StoredSlots(step, kernels))
 
 
 def _activations(step: CapturedStep, kernels: Sequence[GatedExperts]) -> torch.Tensor:
@@ -183,7 +174,7 @@ class NamedSlots:
             self._kept += [up, down]
         torch.cuda.synchronize()
 
-    def launch(self, layer: int, group: int, slots: Sequence[int]) -> None:
+    def launch(self, layer: int, slots: Sequence[int]) -> None:
         """As :meth:`GroupLaunches.launch`."""
         self._write(self._words.buffer, 0, *slots)
         up, down = self._launches[layer]
@@ -192,25 +183,21 @@ class NamedSlots:
 
 
 class PlacedSlots(NamedSlots):
-    """Of steps of many assignments: groups of few as :class:`NamedSlots`, others by ``written``."""
+    """Of steps of many assignments: groups of few as :class:`NamedSlots`, others by ``stored``."""
 
     def __init__(
-        self, step: CapturedStep, kernels: Sequence[GatedExperts], written: WrittenSlots
+        self, step: CapturedStep, kernels: Sequence[GatedExperts], stored: GroupLaunches
     ) -> None:
         super().__init__(step, kernels)
-        self._written = written
-        self._large = 0
+        self._stored = stored
 
-    def launch(self, layer: int, group: int, slots: Sequence[int]) -> None:
+    def launch(self, layer: int, slots: Sequence[int]) -> None:
         """As :meth:`GroupLaunches.launch`."""
-        if group == 0:
-            self._large = 0
         named = {place: slot for place, slot in enumerate(slots) if slot >= 0}
         if not named:
             return
         if len(named) > MOST_IN_WORDS:
-            self._written.launch(layer, self._large, slots)
-            self._large += 1
+            self._stored.launch(layer, slots)
             return
         self._words.name(named)
         for kernel in self._launches[layer]:
@@ -218,51 +205,39 @@ class PlacedSlots(NamedSlots):
             kernel()
 
 
-class WrittenSlots:
-    """Both kernels of a launch are a CUDA graph; their slots are written to memory before it.
+class StoredSlots:
+    """Slot numbers of all assignments are stored on the device ahead of both kernels.
 
-    There is a piece of memory for every layer and each of ``groups`` of a step, so that none is
-    overwritten before it was read.
+    They are arguments of small kernels, two of 16 bits each, and lie where the next launch stores
+    its own: all are in order on one stream.
     """
 
-    def __init__(self, step: CapturedStep, kernels: Sequence[GatedExperts], groups: int) -> None:
+    def __init__(self, step: CapturedStep, kernels: Sequence[GatedExperts]) -> None:
         count = len(step.boundaries[0].out)
-        layers = len(step.boundaries)
-        device = step.token.device
-        # An even number of words, so that every piece is aligned as the first one is.
-        words = 2 * -(-count // (2 * _SLOTS_A_WORD))
-        self._named = np.full(words * _SLOTS_A_WORD, -1, np.int16)
-        self._count = count
-        self._writes = SmallWrites(words)
-        self._slots = torch.full(
-            (layers, groups, words * _SLOTS_A_WORD), -1, dtype=torch.int16, device=device
+        pieces = -(-count // (2 * len(NUMBERS)))
+        numbers = torch.full(
+            (pieces, len(NUMBERS)), -1, dtype=torch.int32, device=step.boundaries[0].out.device
         )
-        self._stream = torch.cuda.current_stream().cuda_stream
+        slots = numbers.view(-1).view(torch.int16)[:count]
+        self._named = ctypes.create_string_buffer(b"\xff" * (4 * numbers.numel()))
+        self._write = struct.Struct(f"<{count}h").pack_into
+        stream = torch.cuda.current_stream().cuda_stream
         self._act = _activations(step, kernels)
-        self._kernels = list(kernels)  # whose weights the graphs read
-        self._graphs: list[list[torch.cuda.CUDAGraph]] = []
-        pool = torch.cuda.graph_pool_handle()
+        at = ctypes.addressof(self._named)
+        self._stores = []
+        for piece in numbers:
+            places = {name: at + 4 * index for index, name in enumerate(NUMBERS)}
+            self._stores.append(BoundKernel(store(piece, (-1,) * len(NUMBERS)), stream, places))
+            at += 4 * len(NUMBERS)
+        self._launches = []
         for layer, kernel in enumerate(kernels):
             edge = step.boundaries[layer]
-            pieces = self._slots[layer, :, :count]
-            kernel.launch(edge.hidden, pieces[0], self._act, edge.out)
-            torch.cuda.synchronize()
-            row = []
-            for group in range(groups):
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
-                    kernel.launch(edge.hidden, pieces[group], self._act, edge.out)
-                row.append(graph)
-            self._graphs.append(row)
-        for graph in (graph for row in self._graphs for graph in row):
-            graph.replay()  # the first replay of a graph sends it to the device
+            pair = kernel.launch(edge.hidden, slots, self._act, edge.out)
+            self._launches.append([BoundKernel(each, stream, {}) for each in pair])
         torch.cuda.synchronize()
-        self._at = [[int(piece.data_ptr()) for piece in row] for row in self._slots]
 
-    def launch(self, layer: int, group: int, slots: Sequence[int]) -> None:
+    def launch(self, layer: int, slots: Sequence[int]) -> None:
         """As :meth:`GroupLaunches.launch`."""
-        named = self._named
-        named[: self._count] = slots
-        words = named.view(np.uint64).tolist()
-        self._writes.write(self._stream, self._at[layer][group], words)
-        self._graphs[layer][group].replay()
+        self._write(self._named, 0, *slots)
+        for kernel in (*self._stores, *self._launches[layer]):
+            kernel.launch()

@@ -381,7 +381,7 @@ class Replay:
         ready = self._session.ready
         kernels = require_kernels(ready.modules, self.eager.pool.views)
         step = self._session.captured()
-        launches = group_launches(step, kernels, ready.num_experts)
+        launches = group_launches(step, kernels)
         return GraphEngine(self.eager.driver, step, launches)
 
 

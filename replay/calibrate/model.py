@@ -274,7 +274,7 @@ class ModelRig:
             layer = repeat % shape.layers
             slots = rng.choice(pool.slots, distinct, replace=False)
             named = [*slots[np.arange(assigned) % distinct].tolist(), *[-1] * (most - assigned)]
-            return _until_done(lambda: launches.launch(layer, 0, named))
+            return _until_done(lambda: launches.launch(layer, named))
 
         sizes = launch_sizes(rows, shape.top_k)
         _, beside = self.beside_copies
@@ -316,7 +316,7 @@ class ModelRig:
                 named = [*slots[:size], *[-1] * (most - size)]
 
                 def launch(repeat: int, named: list[int] = named) -> None:
-                    launches.launch(repeat % shape.layers, 0, named)
+                    launches.launch(repeat % shape.layers, named)
 
                 found[size] = max(self._beside(launch, traffic)[1], 0)
         return max(more / max(plain, 1), 0.0), found
@@ -342,7 +342,7 @@ class ModelRig:
         from replay.launches import group_launches
 
         kernels = require_kernels(self.session.ready.modules, pool.views)
-        return group_launches(self.session.captured(), kernels, self.session.ready.num_experts)
+        return group_launches(self.session.captured(), kernels)
 
     # ------------------------------------------------------------------ prefill
 
