@@ -9,12 +9,11 @@ copies up by 10 us. A stream's memory operations carry the values in the command
 from __future__ import annotations
 
 import ctypes
-from collections import deque
 from collections.abc import Sequence
 from functools import cache
 
 _NOT_READY = 600
-_WITH_TIMES = 0
+_DISABLE_TIMING = 2
 _WRITE_64 = 5
 _MOST_OPERATIONS = 128
 """In one call; the driver takes fewer than 256."""
@@ -33,8 +32,6 @@ def _library() -> ctypes.CDLL:
     library.cuEventRecord.argtypes = (pointer, pointer)
     library.cuEventQuery.argtypes = (pointer,)
     library.cuEventDestroy_v2.argtypes = (pointer,)
-    milliseconds = ctypes.POINTER(ctypes.c_float)
-    library.cuEventElapsedTime.argtypes = (milliseconds, pointer, pointer)
     library.cuStreamBatchMemOp_v2.argtypes = (pointer, ctypes.c_uint, pointer, ctypes.c_uint)
     library.cuLaunchKernelEx.argtypes = (pointer, pointer, pointer, pointer)
     return library
@@ -48,8 +45,7 @@ def _check(status: int, call: str) -> None:
 class CopyStream:
     """Host-to-device copies on one stream, each with an event; PyTorch's context must be current.
 
-    ``stream``: handle of a CUDA stream (``torch.cuda.Stream.cuda_stream``). ``events``: most copies
-    under way at a time.
+    ``stream``: handle of a CUDA stream (``torch.cuda.Stream.cuda_stream``).
     """
 
     def __init__(self, stream: int, events: int) -> None:
@@ -58,15 +54,12 @@ class CopyStream:
         self._copy = self._cuda.cuMemcpyHtoDAsync_v2
         self._record = self._cuda.cuEventRecord
         self._query = self._cuda.cuEventQuery
-        self._since = self._cuda.cuEventElapsedTime
-        # Two more: what has just landed is the last to be used again, so that its time is known.
-        self._all = [self._create() for _ in range(events + 2)]
-        self._idle = deque(self._all)
-        self._elapsed = ctypes.c_float()
+        self._idle = [self._create() for _ in range(events)]
+        self._all = list(self._idle)
 
     def _create(self) -> int:
         event = ctypes.c_void_p()
-        _check(self._cuda.cuEventCreate(ctypes.byref(event), _WITH_TIMES), "cuEventCreate")
+        _check(self._cuda.cuEventCreate(ctypes.byref(event), _DISABLE_TIMING), "cuEventCreate")
         assert event.value is not None
         return event.value
 
@@ -77,7 +70,7 @@ class CopyStream:
 
         ``behind``: another copy to go with it: target, source, bytes.
         """
-        event = self._idle.popleft()
+        event = self._idle.pop()
         status = self._copy(target, source, nbytes, self._stream)
         if behind is not None:
             status = status or self._copy(*behind, self._stream)
@@ -95,23 +88,11 @@ class CopyStream:
         self._idle.append(event)
         return True
 
-    def after_ns(self, began: int) -> int:
-        """Device time from an event to the last landing that was told; 0: it has not come yet.
-
-        ``began``: handle of an event with times, of any stream.
-        """
-        status = self._since(ctypes.byref(self._elapsed), began, self._idle[-1])
-        if status == _NOT_READY:
-            return 0
-        _check(status, "cuEventElapsedTime")
-        return round(self._elapsed.value * 1e6)
-
     def close(self) -> None:
         """Destroy the events; no copy may be under way."""
         for event in self._all:
             _check(self._cuda.cuEventDestroy_v2(event), "cuEventDestroy")
-        self._all = []
-        self._idle.clear()
+        self._all = self._idle = []
 
 
 class _Write(ctypes.Structure):

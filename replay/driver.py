@@ -58,10 +58,10 @@ class Driver:
         self.copies = copies
         self._touch_order = touch_order
         self._reached = torch.cuda.Event() if copies.cuda else None
-        #: on the device, where a wait for a copy begins: once it has run what was launched
-        self._dry = torch.cuda.Event(enable_timing=True) if copies.cuda else None
         self._experts = core.shape.experts
         self._previous = -1
+        #: launched anything since the device was last known to be idle
+        self._launched = False
         self.ledger = Ledger()
         self.stall_late_ns = self.stall_miss_ns = self.stall_cpu_ns = 0
         self.lane: CpuLane | None = None
@@ -145,21 +145,23 @@ class Driver:
         self.spin()
         while event is not None and not event.query():
             self.spin()
+        self._launched = False
         self.ledger.mark(GPU, layer)
 
     def spin(self) -> None:
         """What the host does whenever it waits: landings, finished predictions, refills.
 
-        No wait ends while a copy is handed over: what lands meanwhile is looked after, too. Where
-        copies are the host's own work they land at once, and there is no such time.
+        No wait ends while a copy is handed over or a prediction takes effect: what lands meanwhile
+        is looked after, too. Where copies are the host's own work they land at once, and there is
+        no such time.
         """
         copies = self.copies
         while True:
             handed = copies.chunks
             copies.poll()
-            self._take_effect(waiting=True)
+            took_effect = self._take_effect(waiting=True)
             copies.refill()
-            if copies.chunks == handed or not copies.cuda:
+            if not copies.cuda or not (took_effect or copies.chunks != handed):
                 return
 
     def _distinct(
@@ -179,6 +181,7 @@ class Driver:
 
     def _launch(self, layer: int, group: Sequence[int], launch: Launch) -> None:
         launch(group)
+        self._launched = True
         self.ledger.mark(EXPERTS, layer, len(group))
 
     def _as_they_land(self, layer: int, waiting: int, launch: Launch) -> None:
@@ -205,43 +208,37 @@ class Driver:
         self.core.landed.clear()
 
     def _spin_for(self, layer: int, key: int | None) -> None:
-        """Poll until ``key`` (None: any awaited expert) is there; book the device's idleness.
-
-        It ends with the landing: what the host does then is no stall. A wait whose condition holds
-        when it begins has none.
-        """
-        landed, state, dry = self.core.landed, self.core.memory.state, self._dry
-        began = perf_counter_ns()
-        if dry is not None:
-            dry.record()
-        self.spin()
-        waited = False
-        while not (landed if key is None else state[key] == RESIDENT):
-            waited = True
-            self.spin()
-        self.ledger.mark(COPY, layer)
-        if dry is not None:
-            idle_ns = self.copies.idle_ns(dry)
+        """Poll until ``key`` (None: any awaited expert) is there; book the device's idleness."""
+        landed, state = self.core.landed, self.core.memory.state
+        if key is None:
+            idle_ns = self._await(lambda: bool(landed), COPY, layer)
         else:
-            idle_ns = self.copies.landed_at_ns - began if waited else 0
-        if idle_ns > 0:
+            idle_ns = self._await(lambda: state[key] == RESIDENT, COPY, layer)
+        if idle_ns:
             self._book_stall(landed[-1], idle_ns)
 
-    def _spin_for_cpu(self, lane: CpuLane, layer: int) -> int:
-        """Poll until the lane is done; ns for which the device has had nothing to run."""
-        dry = self._reached
+    def _await(self, done: Callable[[], bool], kind: int, layer: int) -> int:
+        """Spin until ``done`` and mark it; ns for which the device has had nothing to run.
+
+        Until the last landing that was seen in it: what the host does then is no stall. For the
+        CPU's result, until the host is done with what it did as it came. A wait whose condition
+        holds when it begins has none.
+        """
+        dry = self._reached if self._launched else None
         if dry is not None:
             dry.record()
         idle_from = perf_counter_ns() if dry is None else 0
         self.spin()
         waited = False
-        while not lane.done():
+        while not done():
             waited = True
             if not idle_from and dry is not None and dry.query():
                 idle_from = perf_counter_ns()
             self.spin()
-        now = self.ledger.mark(CPU, layer)
-        return now - idle_from if waited and idle_from else 0
+        until = self.ledger.mark(kind, layer)
+        if kind == COPY:
+            until = self.copies.landed_at_ns
+        return max(until - idle_from, 0) if waited and idle_from else 0
 
     def _start_cpu(self, layer: int, keys: Sequence[int], rows: Rows) -> None:
         assert self.lane is not None
@@ -253,7 +250,7 @@ class Driver:
         """Poll until the CPU is done, and launch what adds its result."""
         lane = self.lane
         assert lane is not None
-        self.stall_cpu_ns += self._spin_for_cpu(lane, layer)
+        self.stall_cpu_ns += self._await(lane.done, CPU, layer)
         lane.finish(rows.out)
         self.ledger.mark(EXPERTS, layer, experts)
 
@@ -263,10 +260,13 @@ class Driver:
         else:
             self.stall_late_ns += stall_ns
 
-    def _take_effect(self, *, waiting: bool) -> None:
-        """Finished predictions; what they take is told apart from the wait, not from a decision."""
+    def _take_effect(self, *, waiting: bool) -> bool:
+        """Finished predictions; what they take is told apart from the wait, not from a decision.
+
+        Returns whether there was one.
+        """
         if not self._coming:
-            return
+            return False
         still = []
         for each in self._coming:
             ready, prediction = each
@@ -277,7 +277,9 @@ class Driver:
                     self.ledger.predicted(began)
             else:
                 still.append(each)
+        took_effect = len(still) < len(self._coming)
         self._coming = still
+        return took_effect
 
     def _announce(self, prediction: Prediction, layer: int) -> None:
         ready = self.start_predictor(prediction, layer)

@@ -208,8 +208,9 @@ class PlacedSlots(NamedSlots):
 class StoredSlots:
     """Slot numbers of all assignments are stored on the device ahead of both kernels.
 
-    They are arguments of small kernels, two of 16 bits each, and lie where the next launch stores
-    its own: all are in order on one stream.
+    They are arguments of small kernels, 32 slots each, and lie where the next launch stores its
+    own: all are in order on one stream. A batch of 512 assignments takes 16 such kernels a launch,
+    some 3 us of the host's time each.
     """
 
     def __init__(self, step: CapturedStep, kernels: Sequence[GatedExperts]) -> None:

@@ -134,14 +134,6 @@ class CopyEngine:
             landed = True
         return landed
 
-    def idle_ns(self, dry: torch.cuda.Event) -> int:
-        """Device time from an event with times to the last landing that the host saw.
-
-        0 where the event has not come yet, negative where it came later.
-        """
-        assert self._copies is not None
-        return self._copies.after_ns(dry.cuda_event)
-
     def drain(self) -> None:
         """Wait for what is under way, and tell nobody: the run is over."""
         if self._stream is not None:

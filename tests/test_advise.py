@@ -586,8 +586,12 @@ GPT_OSS = ("locked-gpt-oss", "second-gpt-oss")
 QWEN = ("locked-qwen", "second-qwen")
 OLMOE = (
     "locked-olmoe", "second-olmoe", "lane-olmoe", "long-olmoe", "third-olmoe", "fourth-olmoe",
+    "fifth-olmoe",
 )  # fmt: skip
-BATCHES = ("batch-olmoe", "third-batch-olmoe")
+BATCHES = (
+    "batch-olmoe", "third-batch-olmoe", "fourth-batch-olmoe", "fifth-batch-olmoe",
+    "sixth-batch-olmoe",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

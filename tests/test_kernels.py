@@ -159,7 +159,10 @@ def test_launches_of_a_step_compute_what_they_name(
     groups = [[0], [count - 1], list(range(1, count - 1))]
     if rows > 1:  # of the largest, some come before and some after
         groups[2:] = [[1, 4], [2, 3, *range(6, count - 1)], [5]]
+    if rows > 4:  # two of them, each with numbers of its own
+        groups[3:4] = [[2, 3, *range(6, 20)], list(range(20, count - 1))]
     for layer in (1, 0):
+        slots = [*slots[1:], slots[0]]
         found: set[int] = set()
         for group in groups:
             step_of_two.launch(layer, [slots[at] if at in group else -1 for at in range(count)])
