@@ -1,9 +1,9 @@
 """What the engine asks of the CUDA driver itself: quick copies, and small writes without a copy.
 
 PyTorch spends 15 to 45 us of host time on a copy to a side stream and its event; a policy's copies
-are issued while the GPU waits for them. And slot numbers that kernels read from pinned memory cross
-the link beside the copies: measured on an H200, each launch then took 25 us longer and held the
-copies up by 10 us. A stream's memory operations carry the values in the command itself.
+are issued while the GPU waits for them. And what kernels read from pinned memory crosses the link
+beside the copies: measured on an H200, each launch then took 25 us longer and held the copies up by
+10 us. A stream's memory operations carry a batch's tokens in the command itself.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def _check(status: int, call: str) -> None:
 class CopyStream:
     """Host-to-device copies on one stream, each with an event; PyTorch's context must be current.
 
-    ``stream``: handle of a CUDA stream (``torch.cuda.Stream.cuda_stream``).
+    ``stream``: handle of a CUDA stream (``torch.cuda.Stream.cuda_stream``). ``events``: most copies
+    under way at a time.
     """
 
     def __init__(self, stream: int, events: int) -> None:
