@@ -21,7 +21,7 @@ from replay.breakdown import predictions_ns  # noqa: E402
 from replay.model import ReplayModel, from_checkpoint  # noqa: E402
 from replay.play import Session  # noqa: E402
 from replay.point import Replayed, decisions, predict_point, replay_point  # noqa: E402
-from replay.validation.machine import _line, _mean_times, host_times  # noqa: E402
+from replay.validation.machine import _lines, _mean_times, host_times  # noqa: E402
 from sim.inputs import Inputs  # noqa: E402
 from sim.point import Point  # noqa: E402
 from tests.machines import FlatTiming  # noqa: E402
@@ -133,18 +133,32 @@ def test_a_policys_host_times_are_of_decode_steps_and_of_prefills_apart(
 @pytest.mark.parametrize(
     ("counts", "times", "expected"),
     [
-        ([1, 2, 4], [7.0, 9.0, 13.0], (5.0, 2.0)),
-        ([2, 2], [7.0, 9.0], (8.0, 0.0)),  # nothing says what one more costs
-        ([1, 3], [9.0, 5.0], (7.0, 0.0)),  # more awaited cannot cost less
-        ([2, 4], [1.0, 9.0], (0.0, 5 / 3)),  # none awaited cannot cost less than nothing
+        ([1, 2, 4], [7.0, 9.0, 13.0], (2.0, 5.0)),
+        ([2, 2], [7.0, 9.0], (0.0, 8.0)),  # nothing says what one more costs
+        ([1, 3], [9.0, 5.0], (0.0, 7.0)),  # more awaited cannot cost less
+        ([2, 4], [1.0, 9.0], (5 / 3, 0.0)),  # none awaited cannot cost less than nothing
     ],
 )
 def test_a_line_through_decisions_keeps_their_mean(
     counts: list[int], times: list[float], expected: tuple[float, float]
 ) -> None:
-    level, slope = _line(np.array(counts), np.array(times))
-    assert (level, slope) == pytest.approx(expected)
-    assert level + slope * np.mean(counts) == pytest.approx(np.mean(times))
+    group = np.array(counts), np.array(times)
+    nothing = np.array([], np.int64), np.array([])
+    for groups in ([group], [group, nothing]):
+        slope, levels = _lines(groups)
+        assert (slope, levels[0]) == pytest.approx(expected)
+        assert levels[0] + slope * np.mean(counts) == pytest.approx(np.mean(times))
+        assert levels[1:] in ([], [0.0])
+
+
+def test_first_and_later_waves_have_one_slope() -> None:
+    first = np.array([4, 8, 12]), np.array([48.0, 56.0, 64.0])
+    later = np.array([2, 6]), np.array([7.0, 15.0])
+    assert _lines([first, later]) == (pytest.approx(2.0), pytest.approx([40.0, 3.0]))
+    # A slope of 2 is more than these later waves take: it is what they take at most.
+    quick = np.array([4, 8]), np.array([6.0, 6.0])
+    slope, levels = _lines([first, quick])
+    assert (slope, levels) == (pytest.approx(1.0), pytest.approx([48.0, 0.0]))
 
 
 def test_what_the_engine_cannot_run_is_said(session: Session, inputs: Inputs) -> None:

@@ -131,7 +131,7 @@ def _mean_times(runs: Sequence[PolicyTimes]) -> PolicyTimes:
 
 
 def host_times(run: Replayed) -> PolicyTimes:
-    """A line through decision times by experts awaited, and the means of everything else.
+    """Lines through decision times by experts awaited, and the means of everything else.
 
     Of prefills, where the run has any, the means. On a host of the usual speed
     (:meth:`replay.breakdown.Marks.at_usual_speed`).
@@ -143,9 +143,10 @@ def host_times(run: Replayed) -> PolicyTimes:
     handed = decode & (marks.kind == ISSUE) & (marks.count > 0)
     idle = decode & (marks.kind == ISSUE) & (marks.count == 0)
     # Means: what is rare and long costs as much as it takes.
-    level, slope = _line(marks.count[decided & first], marks.duration[decided & first])
     later = decided & ~first
-    beside = marks.duration[later] - slope * marks.count[later]
+    slope, levels = _lines(
+        [(marks.count[each], marks.duration[each]) for each in (decided & first, later)]
+    )
     refill = float(marks.duration[idle].mean()) if idle.any() else 0.0
     issue = float((marks.duration[handed] / marks.count[handed]).mean()) if handed.any() else 0.0
     steps = decode & (marks.kind == STEP)
@@ -155,9 +156,9 @@ def host_times(run: Replayed) -> PolicyTimes:
         launches = landed  # what a batch launches first costs its experts more: launch_each_ns
     return PolicyTimes(
         expert_share=expert_share(run.setting.memory, run.setting.geometry),
-        decision_ns=round(level + refill),
+        decision_ns=round(levels[0] + refill),
         awaited_ns=round(slope),
-        next_wave_ns=max(round(float(beside.mean()) + refill), 0) if later.any() else None,
+        next_wave_ns=round(levels[1] + refill) if later.any() else None,
         copy_issue_ns=round(issue),
         step_ns=round(float(marks.duration[steps].sum() / phases.sum())),
         segment_launch_ns=round(float(marks.duration[decode & (marks.kind == SEGMENT)].mean())),
@@ -167,14 +168,23 @@ def host_times(run: Replayed) -> PolicyTimes:
     )
 
 
-def _line(counts: npt.NDArray[Any], times: npt.NDArray[Any]) -> tuple[float, float]:
-    """Level and slope of a line through times by count: neither is negative, the mean is kept."""
-    count, mean = float(counts.mean()), float(times.mean())
-    slope = float(np.polyfit(counts, times, 1)[0]) if len(set(counts.tolist())) > 1 else 0.0
-    slope = max(slope, 0.0)
-    if slope * count > mean:
-        return 0.0, mean / count
-    return mean - slope * count, slope
+def _lines(
+    groups: Sequence[tuple[npt.NDArray[Any], npt.NDArray[Any]]],
+) -> tuple[float, list[float]]:
+    """Lines of one slope through groups of counts and times: the slope, and each group's level.
+
+    None of them is negative, and each group's mean time is kept. An empty group has level 0.
+    """
+    means = [(float(c.mean()), float(t.mean())) if len(c) else (0.0, 0.0) for c, t in groups]
+    apart = [
+        (counts - count, times - time)
+        for (counts, times), (count, time) in zip(groups, means, strict=True)
+    ]
+    spread = sum(float((counts**2).sum()) for counts, _ in apart)
+    together = sum(float((counts * times).sum()) for counts, times in apart)
+    most = [time / count for count, time in means if count]
+    slope = max(min([together / spread if spread else 0.0, *most]), 0.0)
+    return slope, [max(time - slope * count, 0.0) for count, time in means]
 
 
 def _prefill_times(run: Replayed, marks: Marks, chosen: npt.NDArray[np.bool_]) -> dict[str, Any]:
