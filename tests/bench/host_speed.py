@@ -10,6 +10,7 @@ speed before. The plan's trace has to be there (docs/validation.md says how it i
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from configs.errors import UserError
 from configs.hardware import load_hardware
 from configs.timings import ModelTimes
 from replay.point import predict_setting
@@ -45,7 +47,10 @@ class Errors:
 
 def main(plan: str, campaign: Path) -> None:
     """Errors of all points, and by group the median and the worst."""
-    found = errors_of(load_plan(plan), campaign)
+    try:
+        found = errors_of(load_plan(plan), campaign)
+    except UserError as error:
+        sys.exit(str(error))
     table = Table("point", "TPOT", "at the runs' speed", "stall", "at the runs' speed")
     for each in found:
         table.add_row(each.label, *(f"{error:+.1%}" for error in (*each.tpot, *each.stall)))
